@@ -1,0 +1,1 @@
+"""Meshes, sharding rules and start-up on several hosts."""

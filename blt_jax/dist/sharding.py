@@ -1,0 +1,119 @@
+"""Logical axis names, the rules that map them to mesh axes, and sharded initialisation."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class ShardingRules:
+    """Mesh axes of every logical axis; an empty tuple replicates.
+
+    Activations: batch, length, patches, embed_act, heads_act, mlp_act, vocab_act.
+    Parameters: the others. A mesh axis may be used once per array.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    length: tuple[str, ...] = ()
+    patches: tuple[str, ...] = ()
+    embed_act: tuple[str, ...] = ()
+    heads_act: tuple[str, ...] = ("tensor",)
+    mlp_act: tuple[str, ...] = ("tensor",)
+    vocab_act: tuple[str, ...] = ("tensor",)
+    layers: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    ngram: tuple[str, ...] = ("fsdp", "tensor")
+    patch_vectors: tuple[str, ...] = ("tensor",)
+    norm: tuple[str, ...] = ()
+
+    def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
+        """PartitionSpec of an array whose axes have these logical names (None: replicated).
+
+        Raises ValueError for an unknown name, and for a mesh axis that would be used twice.
+        """
+        axes = []
+        for name in names:
+            if name is not None and not hasattr(self, name):
+                allowed = [field.name for field in dataclasses.fields(self)]
+                raise ValueError(f"logical axis {name!r} in {names}: allowed are {allowed}")
+            axes.append(() if name is None else tuple(getattr(self, name)))
+        used = [axis for group in axes for axis in group]
+        if len(used) != len(set(used)):
+            raise ValueError(
+                f"a mesh axis is used twice: logical names {names} map to mesh axes {axes}"
+            )
+        return PartitionSpec(*(group if len(group) > 1 else next(iter(group), None)
+                               for group in axes))
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...], rules: ShardingRules) -> jax.Array:
+    """Constrains `x` to the sharding of its logical axis names; nothing outside a mesh.
+
+    Raises ValueError if the names do not fit the rank or a dimension cannot be divided.
+    """
+    if len(names) != x.ndim:
+        raise ValueError(f"array of shape {x.shape} has {x.ndim} axes, but names are {names}")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = rules.spec(names)
+    _check_divisible(x.shape, names, spec, dict(mesh.shape))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _check_divisible(shape, names, spec, mesh_shape) -> None:
+    for size, name, axes in zip(shape, names, spec, strict=True):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis not in mesh_shape:
+                raise ValueError(f"logical axis {name!r} maps to mesh axis {axis!r}: "
+                                 f"the mesh has {tuple(mesh_shape)}")
+        parts = 1
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            parts *= mesh_shape[axis]
+        if size % parts:
+            raise ValueError(f"axis {name!r} of size {size} (array {shape}) cannot be divided "
+                             f"over mesh axes {axes} of {parts} devices")
+
+
+def _boxed_init(model: nn.Module):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs())["params"])
+
+
+def logical_axes(model: nn.Module) -> dict[str, Any]:
+    """Tree of tuples of logical names, one per parameter axis, beside the params of `model`."""
+    specs = nn.get_partition_spec(_boxed_init(model))
+    shapes = nn.unbox(_boxed_init(model))
+    return jax.tree.map(
+        lambda leaf, spec: tuple(spec) + (None,) * (leaf.ndim - len(spec)), shapes, specs
+    )
+
+
+def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
+    """Tree of NamedSharding for the params of `model` on `mesh`, by `model.sharding`."""
+
+    def sharding(leaf, names):
+        spec = model.sharding.spec(names)
+        _check_divisible(leaf.shape, names, spec, dict(mesh.shape))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(sharding, nn.unbox(_boxed_init(model)), logical_axes(model))
+
+
+def init_params(model: nn.Module, key: jax.Array, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Plain nested dict of parameter arrays, created already sharded when a mesh is given."""
+
+    def init(key):
+        return nn.unbox(model.init(key, *model.example_inputs())["params"])
+
+    if mesh is None:
+        return jax.jit(init)(key)
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
