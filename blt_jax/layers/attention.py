@@ -1,0 +1,51 @@
+"""Causal self-attention over packed rows, and attention over a cache."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from blt_jax.layers.masks import NEGATIVE, causal_mask
+
+
+def masked_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B T H K"]:
+    """Softmax attention with a full mask: the plain form, quadratic in memory.
+
+    Query head h uses key-value head h // (H / G). Scores and softmax are float32; a query that
+    sees no key gets 0.
+    """
+    (B, T, H, K), G = q.shape, k.shape[2]
+    if H % G:
+        raise ValueError(f"masked_attention: {H} query heads are no multiple of {G} kv heads")
+    scale = K**-0.5 if scale is None else scale
+    q_BTGRK = q.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * scale, NEGATIVE)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = jnp.where(mask[:, None, None], weights, 0.0).astype(v.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(B, T, H, K)
+
+
+def causal_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int = 0,
+    scale: float | None = None,
+) -> Float[Array, "B T H K"]:
+    """Causal self-attention inside documents, optionally in a sliding window.
+
+    segment_ids: 0 = padding (output 0), 1.. = documents. A window of w shows a query itself and
+    the w - 1 positions before it; 0 means no window.
+    """
+    index_T = jnp.arange(q.shape[1])
+    mask = causal_mask(index_T, index_T, segment_ids, segment_ids, window)
+    return masked_attention(q, k, v, mask, scale=scale)

@@ -1,0 +1,71 @@
+"""Token embedding and output head."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from blt_jax.dist.sharding import ShardingRules, constrain
+from blt_jax.layers.projection import project, truncated_normal
+
+
+class Embed(nn.Module):
+    """Table [vocab_size, d_model]; ids outside it are never indexed (clipped by the caller)."""
+
+    vocab_size: int
+    d_model: int
+    dtype: jnp.dtype
+    sharding: ShardingRules
+    stddev: float = 0.0
+    """0 means d_model^-1/2."""
+
+    def setup(self):
+        init = truncated_normal(self.stddev or self.d_model**-0.5)
+        self.table = self.param(
+            "table",
+            nn.with_logical_partitioning(init, ("vocab", "embed")),
+            (self.vocab_size, self.d_model),
+            jnp.float32,
+        )
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        # The gather needs the width unsharded, or the partitioner replicates the table.
+        table = constrain(self.table, ("vocab", None), self.sharding)
+        x_BTD = jnp.take(table, ids, axis=0).astype(self.dtype)
+        return constrain(x_BTD, ("batch", "length", "embed_act"), self.sharding)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """float32 logits with the same table (tied head)."""
+        return head_logits(x, self.table.T, self.sharding)
+
+
+def head_logits(
+    x: Float[Array, "B T D"], kernel: Float[Array, "D V"], sharding: ShardingRules
+) -> Float[Array, "B T V"]:
+    """float32 logits of an output projection."""
+    logits_BTV = project(x, kernel).astype(jnp.float32)
+    return constrain(logits_BTV, ("batch", "length", "vocab_act"), sharding)
+
+
+class Head(nn.Module):
+    """Untied output projection to float32 logits."""
+
+    vocab_size: int
+    sharding: ShardingRules
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        d_model = x.shape[-1]
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(truncated_normal(d_model**-0.5), ("embed", "vocab")),
+            (d_model, self.vocab_size),
+            jnp.float32,
+        )
+        return head_logits(x, kernel, self.sharding)
+
+
+def check_token_ids(name: str, ids: jax.Array) -> None:
+    """Raises TypeError unless ids have an integer type (a float array would be truncated)."""
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {ids.dtype}: token ids must be integers")

@@ -1,0 +1,43 @@
+"""Gated feed-forward layer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from blt_jax.dist.sharding import ShardingRules, constrain
+from blt_jax.layers.projection import Initialization, project, projection_init
+
+
+def swiglu(
+    x: Float[Array, "B T D"],
+    gate: Float[Array, "D F"],
+    up: Float[Array, "D F"],
+    down: Float[Array, "F D"],
+    sharding: ShardingRules,
+) -> Float[Array, "B T D"]:
+    """down(silu(gate(x)) * up(x))."""
+    hidden_BTF = jax.nn.silu(project(x, gate)) * project(x, up)
+    hidden_BTF = constrain(hidden_BTF, ("batch", "length", "mlp_act"), sharding)
+    return project(hidden_BTF, down)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer with SiLU, without biases."""
+
+    mlp_dim: int
+    init: Initialization
+    sharding: ShardingRules
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], depth_divisor=1.0) -> Float[Array, "B T D"]:
+        d_model = x.shape[-1]
+
+        def kernel(name, shape, names):
+            init = projection_init(self.init, shape[0], depth_divisor)
+            return self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
+
+        gate = kernel("gate", (d_model, self.mlp_dim), ("embed", "mlp"))
+        up = kernel("up", (d_model, self.mlp_dim), ("embed", "mlp"))
+        down = kernel("down", (self.mlp_dim, d_model), ("mlp", "embed"))
+        return swiglu(x, gate, up, down, self.sharding)
