@@ -33,12 +33,16 @@ class MeshConfig:
         fixed = math.prod(size for size in sizes if size)
         if 0 in sizes:
             if num_devices % fixed:
-                raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: {num_devices} "
-                                 f"devices cannot be divided by {fixed}")
+                raise ValueError(
+                    f"mesh {dict(zip(AXES, sizes, strict=True))}: {num_devices} "
+                    f"devices cannot be divided by {fixed}"
+                )
             sizes[sizes.index(0)] = num_devices // fixed
         if math.prod(sizes) != num_devices:
-            raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs "
-                             f"{math.prod(sizes)} devices, but there are {num_devices}")
+            raise ValueError(
+                f"mesh {dict(zip(AXES, sizes, strict=True))} needs "
+                f"{math.prod(sizes)} devices, but there are {num_devices}"
+            )
         return tuple(sizes)
 
 

@@ -50,8 +50,9 @@ class ShardingRules:
             raise ValueError(
                 f"a mesh axis is used twice: logical names {names} map to mesh axes {axes}"
             )
-        return PartitionSpec(*(group if len(group) > 1 else next(iter(group), None)
-                               for group in axes))
+        return PartitionSpec(
+            *(group if len(group) > 1 else next(iter(group), None) for group in axes)
+        )
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...], rules: ShardingRules) -> jax.Array:
@@ -73,14 +74,18 @@ def _check_divisible(shape, names, spec, mesh_shape) -> None:
     for size, name, axes in zip(shape, names, spec, strict=True):
         for axis in (axes,) if isinstance(axes, str) else axes or ():
             if axis not in mesh_shape:
-                raise ValueError(f"logical axis {name!r} maps to mesh axis {axis!r}: "
-                                 f"the mesh has {tuple(mesh_shape)}")
+                raise ValueError(
+                    f"logical axis {name!r} maps to mesh axis {axis!r}: "
+                    f"the mesh has {tuple(mesh_shape)}"
+                )
         parts = 1
         for axis in (axes,) if isinstance(axes, str) else axes or ():
             parts *= mesh_shape[axis]
         if size % parts:
-            raise ValueError(f"axis {name!r} of size {size} (array {shape}) cannot be divided "
-                             f"over mesh axes {axes} of {parts} devices")
+            raise ValueError(
+                f"axis {name!r} of size {size} (array {shape}) cannot be divided "
+                f"over mesh axes {axes} of {parts} devices"
+            )
 
 
 def _boxed_init(model: nn.Module):

@@ -26,7 +26,7 @@ class SwiGLU(nn.Module):
     """Gated feed-forward layer with SiLU, without biases."""
 
     mlp_dim: int
-    init: Initialization
+    initialization: Initialization
     sharding: ShardingRules
 
     @nn.compact
@@ -34,7 +34,7 @@ class SwiGLU(nn.Module):
         d_model = x.shape[-1]
 
         def kernel(name, shape, names):
-            init = projection_init(self.init, shape[0], depth_divisor)
+            init = projection_init(self.initialization, shape[0], depth_divisor)
             return self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
 
         gate = kernel("gate", (d_model, self.mlp_dim), ("embed", "mlp"))

@@ -58,11 +58,16 @@ def depth_divisor(kind: DepthScaling, layer, num_layers: int, d_model: int) -> f
 
 
 def project(
-    x: Float[Array, "..."], kernel: Float[Array, "..."], *, num_input_axes: int = 1
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    *,
+    num_input_axes: int = 1,
+    output_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "..."]:
     """Contracts the last `num_input_axes` axes of x with the first ones of the kernel.
 
-    The kernel is cast to the type of x. Off a mesh the rows are flattened first, because a weight
+    The kernel is cast to the type of x; the result has that type too, unless output_dtype asks
+    for the float32 accumulator. Off a mesh the rows are flattened first, because a weight
     gradient that contracts two axes is 2-3 times slower on CPU than one over flattened rows; on a
     mesh rows keep their axes, so that each can be sharded.
     """
@@ -73,7 +78,8 @@ def project(
     mesh = jax.sharding.get_abstract_mesh()
     kernel = kernel.reshape(math.prod(in_shape), math.prod(out_shape)).astype(x.dtype)
     if mesh.empty or mesh.size == 1:
-        y = x.reshape(math.prod(rows), math.prod(in_shape)) @ kernel
+        x = x.reshape(math.prod(rows), math.prod(in_shape))
     else:
-        y = jnp.einsum("...d,df->...f", x.reshape(*rows, math.prod(in_shape)), kernel)
+        x = x.reshape(*rows, math.prod(in_shape))
+    y = jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=output_dtype)
     return y.reshape(*rows, *out_shape)

@@ -1,0 +1,228 @@
+"""Pre-norm transformer blocks with grouped-query attention, stacked by a scan over layers."""
+
+import dataclasses
+import enum
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from blt_jax.dist.sharding import ShardingRules, constrain
+from blt_jax.layers.attention import cached_attention, causal_attention
+from blt_jax.layers.cache import KVCache
+from blt_jax.layers.mlp import SwiGLU
+from blt_jax.layers.norms import RMSNorm
+from blt_jax.layers.projection import (
+    DepthScaling,
+    Initialization,
+    depth_divisor,
+    project,
+    projection_init,
+)
+from blt_jax.layers.rope import RopeConfig, apply_rope
+
+
+class Remat(enum.Enum):
+    """What the backward pass finds stored: everything, named tensors, products, or nothing.
+
+    SAVE_NAMES keeps `qkv`, `attention` and `block_out`; SAVE_DOTS every product without batch
+    axes; FULL recomputes the whole layer from its input.
+    """
+
+    NONE = "none"
+    SAVE_NAMES = "save_names"
+    SAVE_DOTS = "save_dots"
+    FULL = "full"
+
+    def wrap(self, block: type[nn.Module]) -> type[nn.Module]:
+        policies = jax.checkpoint_policies
+        policy = {
+            Remat.SAVE_NAMES: policies.save_only_these_names("qkv", "attention", "block_out"),
+            Remat.SAVE_DOTS: policies.dots_with_no_batch_dims_saveable,
+            Remat.FULL: policies.nothing_saveable,
+        }
+        if self is Remat.NONE:
+            return block
+        return nn.remat(block, prevent_cse=False, policy=policy[self])
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class TransformerConfig:
+    """A stack of blocks. 0 stands for the usual value: num_kv_heads = num_heads, head_dim =
+    d_model / num_heads, mlp_dim = 8/3 d_model rounded up to a multiple of 256, window = none."""
+
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    mlp_dim: int = 0
+    window: int = 0
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    norm_eps: float = 1e-5
+    initialization: Initialization = Initialization.FAN_IN
+    depth_scaling: DepthScaling = DepthScaling.NONE
+    remat: Remat = Remat.NONE
+    scan_layers: bool = True
+
+    def __post_init__(self):
+        for name in ("num_layers", "d_model", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TransformerConfig.{name}={getattr(self, name)}: must be >= 1")
+        for name in ("num_kv_heads", "head_dim", "mlp_dim", "window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TransformerConfig.{name}={getattr(self, name)}: must be >= 0")
+        if not self.head_dim and self.d_model % self.num_heads:
+            raise ValueError(
+                f"TransformerConfig.num_heads={self.num_heads}: must divide "
+                f"d_model={self.d_model} (or set head_dim)"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"TransformerConfig.num_kv_heads={self.num_kv_heads}: must divide "
+                f"num_heads={self.num_heads}"
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"TransformerConfig: head width {self.head_width} must be even for rotary embedding"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        return self.mlp_dim or -(-(8 * self.d_model // 3) // 256) * 256
+
+    def flops_per_token(self, context_length: float) -> float:
+        """Forward FLOPs per position: projections, and causal attention over the context seen."""
+        qkvo = 2 * self.d_model * self.head_width * 2 * (self.num_heads + self.kv_heads)
+        mlp = 3 * 2 * self.d_model * self.mlp_width
+        seen = min(self.window, context_length) if self.window else (context_length + 1) / 2
+        attention = 2 * 2 * self.num_heads * self.head_width * seen
+        return float(self.num_layers * (qkvo + mlp + attention))
+
+
+@flax.struct.dataclass
+class KeyValues:
+    """Rotated keys and values of the tokens just processed, [L, B, T, G, K]."""
+
+    key: Any
+    value: Any
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query causal self-attention with rotary embedding."""
+
+    config: TransformerConfig
+    sharding: ShardingRules
+
+    @nn.compact
+    def __call__(self, x, positions, segment_ids, cache, layer, divisor):
+        config = self.config
+        shape = (config.d_model, config.head_width, config.num_heads, config.kv_heads)
+        d_model, K, H, G = shape
+
+        def kernel(name, shape, names, fan_in):
+            init = projection_init(config.initialization, fan_in, divisor)
+            return self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
+
+        wq = kernel("query", (d_model, H, K), ("embed", "heads", "head_dim"), d_model)
+        wk = kernel("key", (d_model, G, K), ("embed", "kv_heads", "head_dim"), d_model)
+        wv = kernel("value", (d_model, G, K), ("embed", "kv_heads", "head_dim"), d_model)
+        wo = kernel("out", (H, K, d_model), ("heads", "head_dim", "embed"), H * K)
+
+        names = ("batch", "length", "heads_act", None)
+        q = checkpoint_name(constrain(project(x, wq), names, self.sharding), "qkv")
+        k = checkpoint_name(constrain(project(x, wk), names, self.sharding), "qkv")
+        v = checkpoint_name(constrain(project(x, wv), names, self.sharding), "qkv")
+        q, k = apply_rope(q, positions, config.rope), apply_rope(k, positions, config.rope)
+        if cache is None:
+            out = causal_attention(q, k, v, segment_ids, window=config.window)
+        else:
+            out = cached_attention(q, k, v, cache, layer)
+        out = checkpoint_name(constrain(out, names, self.sharding), "attention")
+        return project(out, wo, num_input_axes=2), KeyValues(k, v)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: TransformerConfig
+    sharding: ShardingRules
+    emit_key_values: bool = False
+    """Return the keys and values of this layer (prefill and decoding); None in training."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer: Int[Array, ""],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KVCache | None,
+    ):
+        config = self.config
+        divisor = depth_divisor(config.depth_scaling, layer, config.num_layers, config.d_model)
+        with jax.named_scope("attention"):
+            h = RMSNorm(config.norm_eps, name="attention_norm")(x)
+            attention = SelfAttention(config, self.sharding, name="attention")
+            h, key_values = attention(h, positions, segment_ids, cache, layer, divisor)
+            x = x + h
+        with jax.named_scope("mlp"):
+            h = RMSNorm(config.norm_eps, name="mlp_norm")(x)
+            mlp = SwiGLU(config.mlp_width, config.initialization, self.sharding, name="mlp")
+            x = checkpoint_name(x + mlp(h, divisor), "block_out")
+        x = constrain(x, ("batch", "length", "embed_act"), self.sharding)
+        return x, key_values if self.emit_key_values else None
+
+
+def scan_blocks(block: type[nn.Module], config: TransformerConfig, num_broadcast: int):
+    """`block` lifted over config.num_layers layers: carry x, then the layer index, then
+    `num_broadcast` arguments shared by all layers. Parameters are stacked on a leading axis
+    whether or not the scan is unrolled."""
+    return nn.scan(
+        config.remat.wrap(block),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0,) + (nn.broadcast,) * num_broadcast,
+        out_axes=0,
+        length=config.num_layers,
+        unroll=1 if config.scan_layers else config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class Transformer(nn.Module):
+    """The stack, without embedding, final norm or head."""
+
+    config: TransformerConfig
+    sharding: ShardingRules
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KVCache | None = None,
+        emit_key_values: bool = False,
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        """Training (no cache), prefill (emit_key_values) or one step (cache, T = 1).
+
+        Returns the hidden states and, if asked for or in a step, the new keys and values.
+        """
+        stack = scan_blocks(Block, self.config, 3)(
+            self.config, self.sharding, emit_key_values or cache is not None, name="layers"
+        )
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        return stack(x, layers, positions, segment_ids, cache)
