@@ -1,0 +1,1 @@
+"""One training loop for every system: optimizer, step, checkpoints, metrics, evaluation."""
