@@ -1,6 +1,5 @@
 """Attention masks as one predicate over row indices and segments."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 NEGATIVE = -1e30
