@@ -52,13 +52,16 @@ class Head(nn.Module):
 
     vocab_size: int
     sharding: ShardingRules
+    stddev: float = 0.0
+    """0 means d_model^-1/2."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         d_model = x.shape[-1]
+        init = truncated_normal(self.stddev or d_model**-0.5)
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(truncated_normal(d_model**-0.5), ("embed", "vocab")),
+            nn.with_logical_partitioning(init, ("embed", "vocab")),
             (d_model, self.vocab_size),
             jnp.float32,
         )
