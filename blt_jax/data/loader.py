@@ -1,0 +1,190 @@
+"""The input pipeline: sources, shuffling, host sharding, tokenizing, packing, prefetch.
+
+Batches are dicts of numpy arrays with a leading batch axis; see `loader`.
+"""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import grain
+import numpy as np
+
+from blt_jax.data.packing import (
+    LongDocuments,
+    Packing,
+    PackIterDataset,
+    Patcher,
+    RowLayout,
+    TokenizedDocument,
+)
+from blt_jax.data.sources import ConcatenatedSource, Document, SourceConfig, Split, open_sources
+from blt_jax.data.tokenizers import Tokenizer, TokenizerConfig, encode_document
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class DataConfig:
+    """What is read and how it becomes batches.
+
+    `batch_size` rows over all processes, of `sequence_length` input tokens (and with
+    `max_patches`, at most so many patches) each. With `repeat` the stream has no end, every
+    epoch is shuffled anew and documents are drawn from the sources by weight (of documents);
+    without it every document of every source comes once and nothing is dropped.
+    `num_threads` read and tokenize documents, `prefetch` batches are made ahead; 0 is off.
+    """
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    split: Split = Split.TRAIN
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    batch_size: int = 8
+    sequence_length: int = 256
+    packing: Packing = Packing.CONCATENATE
+    long_documents: LongDocuments = LongDocuments.CONTINUE
+    max_patches: int = 0
+    shuffle: bool = True
+    repeat: bool = True
+    seed: int = 0
+    num_threads: int = 2
+    prefetch: int = 2
+
+    def __post_init__(self):
+        if not isinstance(self.sources, tuple) or not self.sources:
+            raise ValueError(f"sources is {self.sources!r}; it must be a non-empty tuple")
+        for name in ("batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_patches", "seed", "num_threads", "prefetch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.long_documents is LongDocuments.TRUNCATE and not self.repeat:
+            raise ValueError(
+                "long_documents is TRUNCATE with repeat=False; a finite pass drops nothing,"
+                " use CONTINUE"
+            )
+
+
+def evaluation_config(config: DataConfig, **changes: Any) -> DataConfig:
+    """The same rows over the validation split: one pass in order, nothing dropped."""
+    defaults = {
+        "split": Split.VALIDATION,
+        "shuffle": False,
+        "repeat": False,
+        "long_documents": LongDocuments.CONTINUE,
+    }
+    return dataclasses.replace(config, **{**defaults, **changes})
+
+
+def open_documents(config: DataConfig) -> ConcatenatedSource:
+    """The documents of the config's split, in the order of the index that patchers are given."""
+    return open_sources(config.sources, config.split)
+
+
+def loader(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    patcher: Patcher | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    documents: ConcatenatedSource | None = None,
+) -> grain.IterDataset:
+    """Batches for one process: numpy arrays whose leading axis is batch_size / process_count.
+
+    "tokens", "targets", "segment_ids" (1.. per row, 0 = padding), "positions" (from 0 in each
+    segment), "target_bytes": int32 [B, N]; "target_mask": bool [B, N]; with a patcher "starts":
+    bool [B, N+1]. `patcher(index, ids)` gives the start mask of one document. With `repeat`
+    each process reads its share of every epoch; without it every process packs the same rows
+    and yields its own block of each batch. Iterators have get_state and set_state.
+
+    Raises:
+      ValueError: process_count does not divide batch_size; max_patches without a patcher.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index}; it must be in 0..{process_count - 1}")
+    if config.batch_size % process_count:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by {process_count} processes"
+        )
+    if config.max_patches and patcher is None:
+        raise ValueError(f"max_patches is {config.max_patches}, but no patcher was given")
+    tokenizer = config.tokenizer.build() if tokenizer is None else tokenizer
+    documents = open_documents(config) if documents is None else documents
+    share = slice(process_index, None, process_count) if config.repeat else slice(None)
+    stream = _document_stream(config, documents, share).map(_Tokenize(tokenizer))
+    rows_per_process = config.batch_size // process_count
+    first = process_index * rows_per_process
+    packed: grain.IterDataset = PackIterDataset(
+        stream.to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=config.num_threads, prefetch_buffer_size=4 * config.num_threads
+            )
+        ),
+        layout=RowLayout(
+            sequence_length=config.sequence_length,
+            packing=config.packing,
+            long_documents=config.long_documents,
+            max_patches=config.max_patches,
+            with_starts=patcher is not None,
+        ),
+        rows=rows_per_process if config.repeat else config.batch_size,
+        kept=slice(None) if config.repeat else slice(first, first + rows_per_process),
+        tokenizer=tokenizer,
+        patcher=patcher,
+        identity=(process_index, process_count, config.batch_size, config.sequence_length),
+    )
+    if config.prefetch:
+        packed = grain.experimental.ThreadPrefetchIterDataset(
+            packed, prefetch_buffer_size=config.prefetch
+        )
+    return packed
+
+
+class _Tokenize(grain.transforms.Map):
+    """(document index, document) -> TokenizedDocument."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def map(self, element: tuple[int, Document]) -> TokenizedDocument:
+        index, document = element
+        return TokenizedDocument(index, encode_document(self._tokenizer, document.text))
+
+
+class _NumberedSource:
+    """(index over all sources, document) of one source."""
+
+    def __init__(self, source: Any, first: int):
+        self._source, self._first = source, first
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[int, Document]:
+        return self._first + int(index), self._source[int(index)]
+
+
+def _document_stream(
+    config: DataConfig, documents: ConcatenatedSource, share: slice
+) -> grain.MapDataset:
+    parts, first = [], 0
+    for number, source in enumerate(documents.sources):
+        part = grain.MapDataset.source(_NumberedSource(source, first))
+        first += len(source)
+        if config.shuffle:
+            part = part.shuffle(seed=_shuffle_seed(config.seed, number))
+        if config.repeat:
+            # Sharded after the repetition: epochs of a length that the processes do not
+            # divide still reach every document.
+            part = part.repeat()[share]
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    if config.repeat:
+        return grain.MapDataset.mix(parts, [source.weight for source in config.sources])
+    return grain.MapDataset.concatenate(parts)
+
+
+def _shuffle_seed(seed: int, number: int) -> int:
+    """A 32-bit seed; hashed, since grain adds the epoch to it and near seeds would coincide."""
+    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=4).digest()
+    return int(np.frombuffer(digest, np.uint32)[0])
