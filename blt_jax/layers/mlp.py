@@ -9,6 +9,26 @@ from blt_jax.dist.sharding import ShardingRules, constrain
 from blt_jax.layers.projection import Initialization, project, projection_init
 
 
+@jax.custom_vjp
+def silu_product(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """silu(gate) * up; the backward pass keeps only the two arguments."""
+    return jax.nn.silu(gate) * up
+
+
+def _silu_product_forward(gate, up):
+    return silu_product(gate, up), (gate, up)
+
+
+def _silu_product_backward(residuals, g):
+    gate, up = residuals
+    sigmoid = jax.nn.sigmoid(gate)
+    d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return d_gate, g * gate * sigmoid
+
+
+silu_product.defvjp(_silu_product_forward, _silu_product_backward)
+
+
 def swiglu(
     x: Float[Array, "B T D"],
     gate: Float[Array, "D F"],
@@ -17,7 +37,7 @@ def swiglu(
     sharding: ShardingRules,
 ) -> Float[Array, "B T D"]:
     """down(silu(gate(x)) * up(x))."""
-    hidden_BTF = jax.nn.silu(project(x, gate)) * project(x, up)
+    hidden_BTF = silu_product(project(x, gate), project(x, up))
     hidden_BTF = constrain(hidden_BTF, ("batch", "length", "mlp_act"), sharding)
     return project(hidden_BTF, down)
 

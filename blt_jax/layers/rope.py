@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -61,18 +62,37 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def apply_rope(
-    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], config: RopeConfig
+def rope_table(
+    positions: Int[Array, "B T"], config: RopeConfig, head_dim: int
+) -> Float[Array, "B T K"]:
+    """float32 cosines, then sines, of the head_dim / 2 angles of every position.
+
+    Computed once per forward pass; the barrier keeps the compiler from evaluating the cosines
+    again inside every layer.
+    """
+    freq_K = jnp.asarray(rope_frequencies(config, head_dim))
+    angle_BTK = positions.astype(jnp.float32)[:, :, None] * freq_K[None, None, :]
+    table = jnp.concatenate([jnp.cos(angle_BTK), jnp.sin(angle_BTK)], axis=-1)
+    return jax.lax.optimization_barrier(table)
+
+
+def rotate(
+    x: Float[Array, "B T H K"], table: Float[Array, "B T K"], layout: RopeLayout
 ) -> Float[Array, "B T H K"]:
-    """Rotates the features of x by their positions; angles and products in float32."""
-    freq_K = jnp.asarray(rope_frequencies(config, x.shape[-1]))
-    angle_BT1K = positions.astype(jnp.float32)[:, :, None, None] * freq_K[None, None, None, :]
-    cos, sin = jnp.cos(angle_BT1K), jnp.sin(angle_BT1K)
+    """Rotates the pairs of features of x by the angles of `rope_table`, in float32."""
+    cos, sin = jnp.split(table[:, :, None, :], 2, axis=-1)
     x32 = x.astype(jnp.float32)
-    if config.layout is RopeLayout.HALF_SPLIT:
+    if layout is RopeLayout.HALF_SPLIT:
         a, b = jnp.split(x32, 2, axis=-1)
         y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     else:
         a, b = x32[..., 0::2], x32[..., 1::2]
         y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
     return y.astype(x.dtype)
+
+
+def apply_rope(
+    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], config: RopeConfig
+) -> Float[Array, "B T H K"]:
+    """Rotates the features of x by their positions."""
+    return rotate(x, rope_table(positions, config, x.shape[-1]), config.layout)

@@ -23,7 +23,7 @@ from blt_jax.layers.projection import (
     project,
     projection_init,
 )
-from blt_jax.layers.rope import RopeConfig, apply_rope
+from blt_jax.layers.rope import RopeConfig, rope_table, rotate
 
 
 class Remat(enum.Enum):
@@ -127,7 +127,7 @@ class SelfAttention(nn.Module):
     sharding: ShardingRules
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, cache, layer, divisor):
+    def __call__(self, x, rope, segment_ids, cache, layer, divisor):
         config = self.config
         shape = (config.d_model, config.head_width, config.num_heads, config.kv_heads)
         d_model, K, H, G = shape
@@ -145,7 +145,7 @@ class SelfAttention(nn.Module):
         q = checkpoint_name(constrain(project(x, wq), names, self.sharding), "qkv")
         k = checkpoint_name(constrain(project(x, wk), names, self.sharding), "qkv")
         v = checkpoint_name(constrain(project(x, wv), names, self.sharding), "qkv")
-        q, k = apply_rope(q, positions, config.rope), apply_rope(k, positions, config.rope)
+        q, k = rotate(q, rope, config.rope.layout), rotate(k, rope, config.rope.layout)
         if cache is None:
             out = causal_attention(q, k, v, segment_ids, window=config.window)
         else:
@@ -167,7 +167,7 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B T D"],
         layer: Int[Array, ""],
-        positions: Int[Array, "B T"],
+        rope: Float[Array, "B T K"],
         segment_ids: Int[Array, "B T"],
         cache: KVCache | None,
     ):
@@ -176,7 +176,7 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             h = RMSNorm(config.norm_eps, name="attention_norm")(x)
             attention = SelfAttention(config, self.sharding, name="attention")
-            h, key_values = attention(h, positions, segment_ids, cache, layer, divisor)
+            h, key_values = attention(h, rope, segment_ids, cache, layer, divisor)
             x = x + h
         with jax.named_scope("mlp"):
             h = RMSNorm(config.norm_eps, name="mlp_norm")(x)
@@ -225,4 +225,5 @@ class Transformer(nn.Module):
             self.config, self.sharding, emit_key_values or cache is not None, name="layers"
         )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        return stack(x, layers, positions, segment_ids, cache)
+        rope = rope_table(positions, self.config.rope, self.config.head_width)
+        return stack(x, layers, rope, segment_ids, cache)
