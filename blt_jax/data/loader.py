@@ -3,8 +3,10 @@
 Batches are dicts of numpy arrays with a leading batch axis; see `loader`.
 """
 
+import atexit
 import dataclasses
 import hashlib
+import weakref
 from typing import Any
 
 import grain
@@ -133,10 +135,27 @@ def loader(
         identity=(process_index, process_count, config.batch_size, config.sequence_length),
     )
     if config.prefetch:
-        packed = grain.experimental.ThreadPrefetchIterDataset(
-            packed, prefetch_buffer_size=config.prefetch
-        )
+        packed = _ThreadPrefetch(packed, prefetch_buffer_size=config.prefetch)
     return packed
+
+
+_open_iterators: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _close_iterators() -> None:
+    for iterator in list(_open_iterators):
+        iterator.close()
+        iterator.close = lambda: None  # its destructor closes again, when grain is gone
+
+
+class _ThreadPrefetch(grain.experimental.ThreadPrefetchIterDataset):
+    """Prefetch whose threads end before the interpreter does; grain's own raise there."""
+
+    def __iter__(self) -> grain.DatasetIterator:
+        iterator = super().__iter__()
+        _open_iterators.add(iterator)
+        return iterator
 
 
 class _Tokenize(grain.transforms.Map):

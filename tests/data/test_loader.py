@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -213,6 +215,20 @@ def test_default_config_reads_the_standard_library():
     held_out = sum(len(documents[i].text) for i in range(len(documents)))
     rows = loader_lib.loader(evaluation)
     assert sum(int(batch["target_bytes"].sum()) for batch in rows) == held_out
+
+
+def test_an_open_iterator_does_not_trouble_the_end_of_the_program():
+    program = (
+        "from blt_jax.data import loader as lib\n"
+        "config = lib.DataConfig(sources=(lib.SourceConfig(max_bytes=50_000),))\n"
+        "iterator = iter(lib.loader(config))\n"
+        "print(next(iterator)['tokens'].shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout.strip() == "(8, 256)"
+    assert "Exception ignored" not in done.stderr
 
 
 @pytest.mark.parametrize(
