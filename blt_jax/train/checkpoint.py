@@ -1,0 +1,289 @@
+"""Checkpoints of a run: parameters, average, optimizer, data order; restored exactly or refused."""
+
+import base64
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from blt_jax.train import configs
+from blt_jax.train.optimizer import path_name
+from blt_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class CheckpointingConfig:
+    """every: steps between checkpoints, 0 for the last step only. keep: how many are kept.
+
+    directory: where, "" for `checkpoints` in the workdir; hosts of a pod need a shared one.
+    """
+
+    every: int = 0
+    keep: int = 2
+    directory: str = ""
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise ValueError(f"CheckpointingConfig.every={self.every}: must be >= 0")
+        if self.keep < 1:
+            raise ValueError(f"CheckpointingConfig.keep={self.keep}: must be >= 1")
+
+
+class WorkdirError(ValueError):
+    """The workdir holds a run of another configuration."""
+
+
+def claim_workdir(workdir: pathlib.Path, config: Any) -> None:
+    """Writes `config.txt`, or checks that the one there is of the same configuration.
+
+    Raises WorkdirError listing the fields that differ. Fields that do not change what is computed
+    (mesh, sharding, logging, checkpointing) may differ.
+    """
+    path = pathlib.Path(workdir) / "config.txt"
+    new = configs.flatten(config)
+    if path.exists():
+        lines = configs.differences(configs.from_text(path.read_text()), new)
+        if lines:
+            raise WorkdirError(
+                f"workdir {workdir} holds a run of another configuration; choose another "
+                f"--workdir or remove it. Fields that differ:\n  " + "\n  ".join(lines)
+            )
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(configs.to_text(config))
+        partial.replace(path)
+
+
+def encode_data_state(state: Any) -> Any:
+    """The state of a data iterator as JSON values; bytes and numpy values are marked."""
+    if isinstance(state, bytes):
+        return {"__bytes__": base64.b64encode(state).decode()}
+    if isinstance(state, np.ndarray):
+        return {"__array__": state.tolist(), "dtype": str(state.dtype)}
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, dict):
+        return {str(key): encode_data_state(value) for key, value in state.items()}
+    if isinstance(state, tuple):
+        return {"__tuple__": [encode_data_state(value) for value in state]}
+    if isinstance(state, list):
+        return [encode_data_state(value) for value in state]
+    if state is None or isinstance(state, bool | int | float | str):
+        return state
+    raise TypeError(f"data iterator state holds a {type(state).__name__}: it cannot be saved")
+
+
+def decode_data_state(value: Any) -> Any:
+    """Inverse of `encode_data_state`."""
+    if isinstance(value, dict):
+        if "__bytes__" in value:
+            return base64.b64decode(value["__bytes__"])
+        if "__array__" in value:
+            return np.asarray(value["__array__"], dtype=value["dtype"])
+        if "__tuple__" in value:
+            return tuple(decode_data_state(item) for item in value["__tuple__"])
+        return {key: decode_data_state(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode_data_state(item) for item in value]
+    return value
+
+
+def _gather(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _own_data_state(states: list[str]) -> Any:
+    """This process's data state; across process counts only if all processes shared one."""
+    if len(states) == jax.process_count():
+        return decode_data_state(json.loads(states[jax.process_index()]))
+    if len(set(states)) == 1:
+        return decode_data_state(json.loads(states[0]))
+    raise ValueError(
+        f"the checkpoint was saved by {len(states)} processes with different data states (packing "
+        f"is per process) and cannot be continued by {jax.process_count()}: use the same number"
+    )
+
+
+def _leaves(tree: Any) -> dict[str, list]:
+    return {
+        path_name(path): [list(leaf.shape), str(leaf.dtype)]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {
+        "params": state.params,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state, "key": state.key},
+    }
+    if state.average is not None:
+        items["average"] = {"params": state.average.params, "count": state.average.count}
+    return items
+
+
+def _check_leaves(found: dict[str, list], wanted: dict[str, list], where: str) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if name not in wanted or name not in found:
+            state = "has" if name in found else "lacks"
+            raise ValueError(f"{where} {state} the array {name!r}, unlike this configuration")
+        if found[name] != wanted[name]:
+            (old_shape, old_type), (shape, dtype) = found[name], wanted[name]
+            raise ValueError(
+                f"{where}: array {name!r} is {old_type}{old_shape}, "
+                f"but this configuration needs {dtype}{shape}"
+            )
+
+
+class Checkpoints:
+    """The checkpoints of one run, written asynchronously; a directory per step."""
+
+    def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.directory = str(directory)
+        if "://" not in self.directory:
+            self.directory = str(pathlib.Path(directory).absolute())
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in increasing order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, data_state: Any, extra: dict[str, Any]) -> None:
+        """Starts to save; arrays are copied before this returns, files are written later.
+
+        data_state: of this process's data iterator. extra: JSON values.
+        """
+        ocp, items = self._ocp, _items(state)
+        meta = {
+            "leaves": {name: _leaves(tree) for name, tree in items.items()},
+            "data": _gather(json.dumps(encode_data_state(data_state))),
+            "extra": extra,
+        }
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args["meta"] = ocp.args.JsonSave(meta)
+        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def wait(self) -> None:
+        """Blocks until all saves have reached the disk; raises what failed."""
+        self._manager.wait_until_finished()
+
+    def reached_preemption(self, step: int) -> bool:
+        """True when the cluster announced that the machine will be taken away."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+    def close(self) -> None:
+        """Waits for the saves and releases the threads."""
+        self._manager.close()
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        args = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["meta"]
+
+    def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        meta = self._meta(step)
+        for name, tree in items.items():
+            if name not in meta["leaves"]:
+                raise LookupError(
+                    f"checkpoint {step} in {self.directory} has no {name!r}, "
+                    f"only {sorted(meta['leaves'])}"
+                )
+            where = f"checkpoint {step} in {self.directory}"
+            _check_leaves(meta["leaves"][name], _leaves(tree), where)
+        args = {name: self._ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        restored = self._manager.restore(step, args=self._ocp.args.Composite(**args))
+        return {name: restored[name] for name in items}, meta
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Any, dict[str, Any]] | None:
+        """(state, data state, extra) of the newest readable checkpoint, or None if there is none.
+
+        abstract: shapes with shardings of this run's mesh. A damaged checkpoint is moved to
+        `<directory>.damaged`, with a message, and the one before is taken. Arrays of another
+        name, shape or type raise ValueError.
+        """
+        for step in reversed(self.steps()):
+            try:
+                items, meta = self._read(step, _items(abstract))
+            except Exception as error:
+                if _is_mismatch(error):
+                    raise
+                self._set_aside(step, error)
+                continue
+            average = abstract.average
+            if average is not None:
+                average = average.replace(**items["average"])
+            state = TrainState(params=items["params"], average=average, **items["optimizer"])
+            return state, _own_data_state(meta["data"]), meta["extra"]
+        return None
+
+    def restore_params(self, abstract: Any, *, averaged: bool = False) -> Any:
+        """Parameters (or their running average) of the newest checkpoint, nothing else."""
+        if not self.steps():
+            raise FileNotFoundError(f"no checkpoint in {self.directory}")
+        step = self.steps()[-1]
+        if not averaged:
+            return self._read(step, {"params": abstract})[0]["params"]
+        count = jax.ShapeDtypeStruct((), np.int32)
+        average = self._read(step, {"average": {"params": abstract, "count": count}})[0]
+        return average["average"]["params"]
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        reason = str(error).strip().splitlines()
+        print(
+            f"checkpoint {step} in {self.directory} is damaged ({type(error).__name__}: "
+            f"{reason[0] if reason else ''}): falling back to the one before",
+            flush=True,
+        )
+        from etils import epath
+
+        if jax.process_index() == 0:
+            source = epath.Path(self.directory) / str(step)
+            target = epath.Path(f"{self.directory}.damaged") / str(step)
+            if target.exists():
+                target.rmtree()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
+        self._manager.reload()
+
+
+def _is_mismatch(error: Exception) -> bool:
+    return isinstance(error, ValueError) and "this configuration" in str(error)
+
+
+def load_params(workdir: str | pathlib.Path, abstract: Any, *, averaged: bool = False) -> Any:
+    """Parameters of the newest checkpoint in `workdir/checkpoints` (see `abstract_params`).
+
+    Raises FileNotFoundError if there is none, ValueError naming the array that does not fit.
+    """
+    directory = pathlib.Path(workdir) / "checkpoints"
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory} does not exist")
+    checkpoints = Checkpoints(directory)
+    try:
+        return checkpoints.restore_params(abstract, averaged=averaged)
+    finally:
+        checkpoints.close()

@@ -1,0 +1,416 @@
+"""Experiments: the root of a config tree, and the one that pre-trains a model in phases."""
+
+import dataclasses
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from blt_jax.data.loader import DataConfig, evaluation_config, loader
+from blt_jax.data.packing import Patcher
+from blt_jax.data.tokenizers import Tokenizer
+from blt_jax.dist.mesh import MeshConfig
+from blt_jax.dist.sharding import ShardingRules
+from blt_jax.layers.model import Model, ModelConfig
+from blt_jax.train import state as state_lib
+from blt_jax.train.checkpoint import CheckpointingConfig, Checkpoints, claim_workdir
+from blt_jax.train.evaluate import evaluate
+from blt_jax.train.loop import LoggingConfig, LoopResult, Stage, train
+from blt_jax.train.memory import check_memory
+from blt_jax.train.optimizer import Decay, OptimizerConfig, Schedule, make_optimizer
+from blt_jax.train.state import AveragingConfig, TrainState
+from blt_jax.train.step import batch_sharding, make_train_step, parameter_table
+from blt_jax.train.writers import Writer
+
+
+@dataclasses.dataclass
+class Context:
+    """Where an experiment runs: its folder, mesh, random key and writer.
+
+    claimed: `config.txt` of the workdir already holds the experiment that runs in it.
+    """
+
+    workdir: pathlib.Path
+    mesh: Mesh
+    key: jax.Array
+    writer: Writer
+    claimed: bool = False
+
+    def child(self, name: str, key: jax.Array | None = None) -> "Context":
+        """The context of a part: own subfolder and writer, same mesh, key derived from `name`."""
+        if key is None:
+            key = jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+        return make_context(self.workdir / name, self.mesh, key)
+
+
+def make_context(workdir: str | pathlib.Path, mesh: Mesh, key: jax.Array) -> Context:
+    """A context with a new writer in `workdir`."""
+    workdir = pathlib.Path(workdir)
+    return Context(workdir=workdir, mesh=mesh, key=key, writer=Writer(workdir))
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Experiment:
+    """Root of a config tree: what `python -m blt_jax.run` runs.
+
+    seed: of the context's key. mesh: devices along each axis. Both count for the root only.
+    """
+
+    seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def run(self, context: Context) -> dict[str, float]:
+        """Does the work in `context.workdir` and returns its numbers."""
+        raise NotImplementedError(f"{type(self).__name__} has no run()")
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class EvaluationConfig:
+    """every: steps between evaluations, 0 for the end only. batches: at most so many, 0 for all.
+
+    data: what is evaluated, None for one pass over the validation split of the training data.
+    """
+
+    data: DataConfig | None = None
+    every: int = 0
+    batches: int = 0
+
+    def __post_init__(self):
+        if self.every < 0 or self.batches < 0:
+            raise ValueError(
+                f"EvaluationConfig.every={self.every}, batches={self.batches}: must be >= 0"
+            )
+        if self.data is not None and self.data.repeat:
+            raise ValueError(
+                "EvaluationConfig.data.repeat=True: evaluation is one pass, use repeat=False"
+            )
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Phase:
+    """`steps` steps with the run's settings, except those given here.
+
+    data: other rows (longer, more, from other sources). model: another config with the same
+    parameters (other RoPE scaling, say). schedule: own one, counted from the phase's start,
+    where learning_rate 0 means the rate that the phase before ended with. accumulation: 0 for
+    the run's.
+    """
+
+    steps: int
+    name: str = ""
+    data: DataConfig | None = None
+    model: ModelConfig | None = None
+    schedule: Schedule | None = None
+    accumulation: int = 0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"Phase.steps={self.steps}: must be >= 1")
+        if self.accumulation < 0:
+            raise ValueError(f"Phase.accumulation={self.accumulation}: must be >= 0")
+
+
+def annealing_phase(steps: int, **changes: Any) -> Phase:
+    """A phase whose learning rate goes linearly from where it is to 0."""
+    schedule = Schedule(learning_rate=0.0, decay=Decay.LINEAR, final_ratio=0.0)
+    return Phase(steps=steps, name="annealing", schedule=schedule, **changes)
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Pretraining(Experiment):
+    """Trains one model on one stream of documents, in one phase or several.
+
+    steps: of a run without phases; with phases it must be 0. accumulation: micro-batches per
+    step. The schedule spans all phases that have none of their own.
+    """
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    steps: int = 0
+    phases: tuple[Phase, ...] = ()
+    accumulation: int = 1
+    averaging: AveragingConfig = dataclasses.field(default_factory=AveragingConfig)
+    checkpointing: CheckpointingConfig = dataclasses.field(default_factory=CheckpointingConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    sharding: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"Pretraining.steps={self.steps}: must be >= 0")
+        if bool(self.steps) == bool(self.phases):
+            raise ValueError(
+                f"Pretraining.steps={self.steps} with {len(self.phases)} phases: give the steps "
+                "of the run or its phases, one of the two"
+            )
+        if self.accumulation < 1:
+            raise ValueError(f"Pretraining.accumulation={self.accumulation}: must be >= 1")
+        if self.phases and self.all_phases[0].schedule is not None:
+            first = self.all_phases[0].schedule
+            if not first.learning_rate:
+                raise ValueError(
+                    "Pretraining.phases[0].schedule.learning_rate=0: there is no phase before it"
+                )
+        for phase in self.all_phases:
+            rows, parts = self.phase_data(phase).batch_size, self.phase_accumulation(phase)
+            if rows % parts:
+                raise ValueError(
+                    f"DataConfig.batch_size={rows}: must be divisible by accumulation={parts}"
+                )
+
+    @property
+    def all_phases(self) -> tuple[Phase, ...]:
+        """The phases, or the single one that `steps` stands for."""
+        return self.phases or (Phase(steps=self.steps),)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.all_phases)
+
+    def phase_data(self, phase: Phase) -> DataConfig:
+        """Training data of a phase."""
+        return phase.data or self.data
+
+    def phase_accumulation(self, phase: Phase) -> int:
+        """Micro-batches per step of a phase."""
+        return phase.accumulation or self.accumulation
+
+    def learning_rate(self, step: jax.Array | int) -> jax.Array:
+        """Learning rate of step `step` (from 0), over all phases; float32 scalar."""
+        step = jnp.asarray(step, jnp.int32)
+        followers = sum(phase.steps for phase in self.all_phases if phase.schedule is None)
+        pieces, ends, done, followed = [], [], 0, 0
+        for phase in self.all_phases:
+            if phase.schedule is None:
+                # Steps of other phases do not count for the run's schedule.
+                offset, schedule, length = done - followed, self.schedule, followers
+                followed += phase.steps
+                peak = jnp.float32(schedule.learning_rate)
+            else:
+                offset, schedule, length = done, phase.schedule, phase.steps
+                peak = jnp.float32(schedule.learning_rate)
+                if not schedule.learning_rate:
+                    peak = pieces[-1](jnp.int32(done))
+
+            def piece(step, offset=offset, schedule=schedule, length=length, peak=peak):
+                return peak * schedule.ratio(step - offset, length)
+
+            pieces.append(piece)
+            done += phase.steps
+            ends.append(done)
+        values = [piece(step) for piece in pieces]
+        conditions = [step < end for end in ends[:-1]]
+        return jnp.select(conditions, values[:-1], values[-1]) if conditions else values[0]
+
+    def fit(
+        self,
+        context: Context,
+        *,
+        patcher: Patcher | None = None,
+        tokenizer: Tokenizer | None = None,
+        params: Any = None,
+        batches: Callable[[DataConfig], Iterable] | None = None,
+    ) -> "Fit":
+        """Trains (or continues) in `context.workdir`; returns the model and its parameters.
+
+        patcher: start mask of a tokenized document, for models of patches. params: where to
+        start instead of a random initialisation. batches: makes the data stream of a config,
+        in place of `blt_jax.data.loader`.
+        Raises ValueError if the workdir holds another configuration, MemoryError if the run
+        cannot fit, NonFiniteError and Preempted as `train`.
+        """
+        return _Fitting(self, context, patcher, tokenizer, batches).fit(params)
+
+    def run(self, context: Context) -> dict[str, float]:
+        """`fit`; the numbers of the last evaluation and of training."""
+        return self.fit(context).metrics
+
+
+@dataclasses.dataclass
+class Fit:
+    """What training gives: the module, its parameters, their average (or None), the numbers."""
+
+    model: Model
+    params: Any
+    averaged_params: Any
+    metrics: dict[str, float]
+
+
+class _Fitting:
+    def __init__(self, config: Pretraining, context: Context, patcher, tokenizer, batches):
+        self.config, self.context = config, context
+        self.patcher, self.tokenizer, self.batches = patcher, tokenizer, batches
+        self.averaging = config.averaging
+        if self.averaging.start < 0:
+            last = config.total_steps - config.all_phases[-1].steps
+            self.averaging = dataclasses.replace(self.averaging, start=last)
+
+    def say(self, line: str) -> None:
+        if not self.config.logging.quiet and jax.process_index() == 0:
+            print(line, flush=True)
+
+    def open_batches(self, data: DataConfig) -> Iterable:
+        if self.batches is not None:
+            return self.batches(data)
+        return loader(
+            data,
+            tokenizer=self.tokenizer,
+            patcher=self.patcher,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def evaluate(self, model: Model, state: TrainState) -> dict[str, float]:
+        config = self.config
+        data = config.evaluation.data or evaluation_config(self.config.data)
+        trees = {"": state.params}
+        if state.average is not None and int(state.average.count):
+            trees["averaged_"] = state.average.params
+        numbers = {}
+        for prefix, params in trees.items():
+            found = evaluate(
+                model,
+                params,
+                self.open_batches(data),
+                mesh=self.context.mesh,
+                max_batches=config.evaluation.batches,
+            )
+            numbers |= {prefix + name: value for name, value in found.items()}
+        return numbers
+
+    def stages(self, models: list[Model], steps: list[Callable]) -> tuple[Stage, ...]:
+        stages, done, source, former = [], 0, -1, None
+        for index, phase in enumerate(self.config.all_phases):
+            data = self.config.phase_data(phase)
+            if data != former:
+                source, former = source + 1, data
+            length = data.sequence_length
+            flops = _flops_per_token(models[index], length)
+            stages.append(
+                Stage(
+                    name=phase.name or ("training" if index == 0 else f"phase {index}"),
+                    start=done,
+                    stop=done + phase.steps,
+                    step=steps[index],
+                    open_batches=lambda data=data: iter(self.open_batches(data)),
+                    source=source,
+                    accumulation=self.config.phase_accumulation(phase),
+                    flops_per_row=3.0 * flops * length,
+                )
+            )
+            done += phase.steps
+        return tuple(stages)
+
+    def first_lines(self, model: Model, abstract: TrainState, memory: str) -> tuple[int, int]:
+        mesh = self.context.mesh
+        device = mesh.devices.flat[0]
+        axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        self.say(f"devices: {mesh.size} x {device.device_kind} ({device.platform})")
+        self.say(f"mesh: {axes}")
+        table, total, rest = parameter_table(abstract.params)
+        self.say(table)
+        self.say(memory)
+        flops = _flops_per_token(model, self.config.data.sequence_length)
+        if flops:
+            self.say(f"FLOPs per token, forward: {flops:.3e}")
+        return total, rest
+
+    def fit(self, params: Any) -> Fit:
+        config, context = self.config, self.context
+        if not context.claimed:
+            claim_workdir(context.workdir, config)
+        started = time.perf_counter()
+        configs = [phase.model or config.model for phase in config.all_phases]
+        built = {model: model.build(config.sharding) for model in dict.fromkeys(configs)}
+        model = built[configs[0]]
+        shapes = state_lib.abstract_params(model)
+        for other in built.values():
+            _check_same_parameters(shapes, state_lib.abstract_params(other))
+        optimizer = make_optimizer(config.optimizer, shapes, config.learning_rate)
+        abstract = state_lib.abstract_state(model, optimizer, self.averaging)
+        shardings = state_lib.state_shardings(model, optimizer, abstract, context.mesh)
+        memory = check_memory(abstract, shardings, context.mesh.devices.flat[0])
+        total, rest = self.first_lines(model, abstract, memory)
+        state = state_lib.create_state(
+            model, optimizer, self.averaging, context.key, context.mesh, params
+        )
+        step_of = {
+            key: make_train_step(
+                value.loss, optimizer, config.optimizer, config.learning_rate, self.averaging
+            )
+            for key, value in built.items()
+        }
+        last_model = built[configs[-1]]
+        checkpoints = Checkpoints(
+            config.checkpointing.directory or context.workdir / "checkpoints",
+            config.checkpointing.keep,
+        )
+        try:
+            result = train(
+                self.stages([built[c] for c in configs], [step_of[c] for c in configs]),
+                state,
+                shardings,
+                mesh=context.mesh,
+                batch_sharding=batch_sharding(context.mesh, config.sharding),
+                writer=context.writer,
+                checkpoints=checkpoints,
+                logging=config.logging,
+                checkpoint_every=config.checkpointing.every,
+                evaluate=lambda state: self.evaluate(last_model, state),
+                evaluate_every=config.evaluation.every,
+            )
+        finally:
+            checkpoints.close()
+        numbers = _final_numbers(result, config.total_steps, time.perf_counter() - started)
+        numbers |= {"parameters": total, "parameters_without_embeddings": rest}
+        average = result.state.average
+        averaged = average.params if average is not None and int(average.count) else None
+        return Fit(
+            model=last_model, params=result.state.params, averaged_params=averaged, metrics=numbers
+        )
+
+
+def _final_numbers(result: LoopResult, steps: int, wall: float) -> dict[str, float]:
+    numbers = dict(result.evaluation)
+    numbers |= {f"training_{k}": result.numbers[k] for k in ("loss", "bits_per_byte")}
+    for name in ("bytes_per_second", "tokens_per_second", "mfu"):
+        if name in result.numbers:
+            numbers[name] = result.numbers[name]
+    numbers |= {
+        "steps": steps,
+        "training_seconds": result.seconds,
+        "compile_seconds": result.compile_seconds,
+        "fit_seconds": wall,
+    }
+    return numbers
+
+
+def _flops_per_token(model: Model, length: int) -> float:
+    try:
+        return float(model.flops_per_token(length))
+    except NotImplementedError:
+        return 0.0
+
+
+def _check_same_parameters(first: Any, other: Any) -> None:
+    def describe(tree):
+        return {
+            jax.tree_util.keystr(path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    a, b = describe(first), describe(other)
+    changed = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    if changed:
+        raise ValueError(
+            f"Phase.model changes the parameters {', '.join(changed)}: the models of all phases "
+            "must have the same"
+        )
