@@ -5,6 +5,7 @@ Batches are dicts of numpy arrays with a leading batch axis; see `loader`.
 
 import atexit
 import dataclasses
+import enum
 import hashlib
 import weakref
 from typing import Any
@@ -22,6 +23,18 @@ from blt_jax.data.packing import (
 )
 from blt_jax.data.sources import ConcatenatedSource, Document, SourceConfig, Split, open_sources
 from blt_jax.data.tokenizers import Tokenizer, TokenizerConfig, encode_document
+
+
+class HostSharding(enum.Enum):
+    """How processes share a repeated stream.
+
+    DOCUMENTS: each reads its own part of every epoch; resumes with the same process count.
+    ROWS: each packs everything and keeps its rows; the state is the same everywhere and
+    resumes with any process count. Finite passes always share rows.
+    """
+
+    DOCUMENTS = "documents"
+    ROWS = "rows"
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -45,6 +58,7 @@ class DataConfig:
     max_patches: int = 0
     shuffle: bool = True
     repeat: bool = True
+    host_sharding: HostSharding = HostSharding.DOCUMENTS
     seed: int = 0
     num_threads: int = 2
     prefetch: int = 2
@@ -94,9 +108,9 @@ def loader(
 
     "tokens", "targets", "segment_ids" (1.. per row, 0 = padding), "positions" (from 0 in each
     segment), "target_bytes": int32 [B, N]; "target_mask": bool [B, N]; with a patcher "starts":
-    bool [B, N+1]. `patcher(index, ids)` gives the start mask of one document. With `repeat`
-    each process reads its share of every epoch; without it every process packs the same rows
-    and yields its own block of each batch. Iterators have get_state and set_state.
+    bool [B, N+1]. `patcher(index, ids)` gives the start mask of one document, `index` as in
+    `open_documents(config)`. Processes share the stream as `HostSharding` says and always
+    yield the same number of batches. Iterators have get_state and set_state.
 
     Raises:
       ValueError: process_count does not divide batch_size; max_patches without a patcher.
@@ -111,7 +125,8 @@ def loader(
         raise ValueError(f"max_patches is {config.max_patches}, but no patcher was given")
     tokenizer = config.tokenizer.build() if tokenizer is None else tokenizer
     documents = open_documents(config) if documents is None else documents
-    share = slice(process_index, None, process_count) if config.repeat else slice(None)
+    own_documents = config.repeat and config.host_sharding is HostSharding.DOCUMENTS
+    share = slice(process_index, None, process_count) if own_documents else slice(None)
     stream = _document_stream(config, documents, share).map(_Tokenize(tokenizer))
     rows_per_process = config.batch_size // process_count
     first = process_index * rows_per_process
@@ -128,11 +143,16 @@ def loader(
             max_patches=config.max_patches,
             with_starts=patcher is not None,
         ),
-        rows=rows_per_process if config.repeat else config.batch_size,
-        kept=slice(None) if config.repeat else slice(first, first + rows_per_process),
+        rows=rows_per_process if own_documents else config.batch_size,
+        kept=slice(None) if own_documents else slice(first, first + rows_per_process),
         tokenizer=tokenizer,
         patcher=patcher,
-        identity=(process_index, process_count, config.batch_size, config.sequence_length),
+        identity=(
+            process_index if own_documents else 0,
+            process_count if own_documents else 1,
+            config.batch_size,
+            config.sequence_length,
+        ),
     )
     if config.prefetch:
         packed = _ThreadPrefetch(packed, prefetch_buffer_size=config.prefetch)

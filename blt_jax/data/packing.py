@@ -198,9 +198,9 @@ class PackIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         if list(state["identity"]) != self._identity:
             raise ValueError(
-                f"the data state was saved with (process index, process count) and sizes"
-                f" {state['identity']}, this loader has {self._identity}: packed rows can only"
-                " be resumed with the same process count, batch size and row length"
+                f"the data state was saved with (process index, process count, batch size, row"
+                f" length) {tuple(state['identity'])}, this loader has {tuple(self._identity)}:"
+                " packed rows resume only with the same"
             )
         self._document = None
         self._parent.set_state(copy.deepcopy(state["parent"]))
