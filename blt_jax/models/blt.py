@@ -1,0 +1,789 @@
+"""Byte Latent Transformer: Patches Scale Better Than Tokens (arXiv 2412.09871).
+
+A language model over raw bytes without a tokenizer. A small local encoder turns bytes into patch
+vectors, a large latent transformer runs once per patch, and a small local decoder predicts the
+next byte from its own bytes and the last complete patch. Patches start where a separate byte model
+is uncertain about the next byte, so that computation goes where prediction is hard.
+
+Axes: B rows, N bytes, P patches, Q vectors per patch (the paper's k), D width of the local models,
+G kv heads (in the latent: h_G, the width), H heads, K head width, L layers, V = 260 ids.
+
+Section 2 (patching), 4.4 (entropy reset)            blt_patching.py
+Section 2.3, Eq. 1 (entropy model)                   blt_entropy.py
+Section 3.1 (latent global transformer)              BLT.latent, patch_layout
+Section 3.2.1, Eq. 2-4 (hash n-gram embeddings)      NgramEmbedding, blt_ngrams.py
+Section 3.2.2, Eq. 5-8 (encoder cross-attention)     EncoderCrossLayer, pool, BLT.pool_patches
+Section 3.3, Eq. 9-12 (local decoder)                DecoderLayer, BLT.decode
+Table 10 (sizes), Eq. 13-17 (FLOPs per byte)         blt_config.py
+Section 4.5, Eq. 18 (bits per byte)                  BLT.loss (nats and bytes as sums)
+Generation                                           blt_decode.py
+
+Departures and choices. Defaults follow the paper, `released_1b` the published code and weights,
+which double the residual of both cross-attentions, hash the oldest byte with power 0, do not
+divide the summed embeddings, and pad short n-grams. Keys and values come from each layer's output
+(the paper's text), not its input (Eq. 7): `kv_from`. A patch belongs to the document of its first
+byte, and documents are isolated everywhere by segment_ids. The 400M model has 12 cross-attention
+heads, since the 10 that are reported do not divide its width 768. Byte-ifying Llama 3
+(section 6.2) and the robustness suites (section 6.1) are not in this file.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+import pallas_kernels
+from blt_jax.dist.sharding import ShardingRules, constrain
+from blt_jax.layers.cache import KVCache
+from blt_jax.layers.embed import Embed, Head, check_token_ids
+from blt_jax.layers.losses import cross_entropy_sums
+from blt_jax.layers.model import LossSums, Model
+from blt_jax.layers.norms import RMSNorm, rms_norm
+from blt_jax.layers.projection import (
+    depth_divisor,
+    project,
+    projection_init,
+    truncated_normal,
+)
+from blt_jax.layers.rope import rope_table
+from blt_jax.layers.transformer import (
+    Block,
+    KeyValues,
+    Transformer,
+    TransformerConfig,
+    scan_blocks,
+)
+from blt_jax.models import blt_patching
+from blt_jax.models.blt_config import (  # noqa: F401
+    BLTConfig,
+    DecoderCrossAttention,
+    EncoderCrossAttention,
+    KeyValueSource,
+    Pooling,
+    PoolQueries,
+    Residual,
+    paper_1b,
+    paper_2b,
+    paper_4b,
+    paper_8b,
+    paper_400m,
+    paper_flops_per_byte,
+    released_1b,
+)
+from blt_jax.models.blt_entropy import (  # noqa: F401
+    EntropyModel,
+    EntropyModelConfig,
+    entropies,
+    entropy_model_paper_100m,
+    entropy_model_paper_512,
+    entropy_model_released,
+)
+from blt_jax.models.blt_ngrams import (
+    PRIMES,
+    NgramConfig,
+    NgramKind,
+    NgramStart,
+    NgramTables,
+    hash_ids,
+)
+
+VOCAB_SIZE = blt_patching.VOCAB_SIZE
+
+
+# ------------------------------------------------------------------------- pure functions
+
+
+def check_inputs(
+    tokens: Int[Array, "B N"],
+    starts: Bool[Array, "B M"] | None = None,
+    segment_ids: Int[Array, "B N"] | None = None,
+) -> None:
+    """Raises ValueError for inputs that would give a silently wrong result.
+
+    Shapes and types always; values only outside jit, where they are known: ids outside 0..259
+    (padding is id 0 with segment 0, never -1), and documents whose first patch is not one token.
+    """
+    check_token_ids("tokens", tokens)
+    B, N = tokens.shape
+    if N == 0:
+        raise ValueError("tokens is empty: a prompt needs at least the BOS id")
+    if segment_ids is not None and segment_ids.shape != (B, N):
+        raise ValueError(f"segment_ids has shape {segment_ids.shape}, tokens {(B, N)}")
+    if starts is not None and starts.shape != (B, N + 1):
+        raise ValueError(
+            f"starts has shape {starts.shape}: must be {(B, N + 1)}, one per token and one for "
+            "the last target"
+        )
+    known = [x for x in (tokens, starts, segment_ids) if x is not None]
+    if any(isinstance(x, jax.core.Tracer) for x in known):
+        return
+    ids = np.asarray(tokens)
+    if ids.min() < 0 or ids.max() >= VOCAB_SIZE:
+        raise ValueError(
+            f"tokens hold ids {ids.min()}..{ids.max()}: must be 0..{VOCAB_SIZE - 1} "
+            "(bytes are b + 4, padding is 0 with segment 0)"
+        )
+    if starts is not None:
+        segments = np.ones((B, N), np.int32) if segment_ids is None else np.asarray(segment_ids)
+        first = np.diff(segments, axis=1, prepend=-1) != 0
+        second = np.pad(first[:, :-1], ((0, 0), (1, 0)))
+        missing = (first | second) & (segments > 0) & ~np.asarray(starts)[:, :-1]
+        if missing.any():
+            row, index = np.argwhere(missing)[0]
+            raise ValueError(
+                f"starts[{row}, {index}] is false: the first and the second token of every "
+                "document start a patch, or bytes would see no complete patch"
+            )
+
+
+class PatchLayout(NamedTuple):
+    """Ids of bytes and documents of patches, all int32.
+
+    encoder_ids, decoder_ids: [B, N], see blt_patching; segment_ids [B, P]: document of a patch's
+    first byte, 0 for unused patches; positions [B, P]: patch index inside its document.
+    """
+
+    encoder_ids: Any
+    decoder_ids: Any
+    segment_ids: Any
+    positions: Any
+
+
+def patch_layout(
+    starts: Bool[Array, "B M"], segment_ids: Int[Array, "B N"], num_patches: int
+) -> PatchLayout:
+    """Patches of bytes, documents and positions of patches (section 3.1: block-causal mask)."""
+    encoder_ids = blt_patching.encoder_ids(starts, segment_ids)
+    first = starts[:, :-1] & (encoder_ids >= 0)
+    rows = jax.lax.broadcasted_iota(jnp.int32, encoder_ids.shape, 0)
+    place = jnp.where(first, encoder_ids, num_patches)
+    patch_segments = jnp.zeros((starts.shape[0], num_patches), jnp.int32)
+    patch_segments = patch_segments.at[rows, place].set(segment_ids, mode="drop")
+    return PatchLayout(
+        encoder_ids=encoder_ids,
+        decoder_ids=blt_patching.decoder_ids(starts, segment_ids),
+        segment_ids=patch_segments,
+        positions=blt_patching.document_positions(patch_segments),
+    )
+
+
+def first_bytes(
+    x: Float[Array, "B N D"], ids: Int[Array, "B N"], num_patches: int, count: int
+) -> Float[Array, "B P E"]:
+    """The first `count` bytes of every patch side by side, zeros where a patch is shorter."""
+    B, N, D = x.shape
+    index = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+    rows = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 0)
+    place = jnp.where(ids < 0, num_patches, ids)
+    begin = jnp.full((B, num_patches), N, jnp.int32).at[rows, place].min(index, mode="drop")
+    index_BPC = begin[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None, :]
+    flat = jnp.minimum(index_BPC, N - 1).reshape(B, num_patches * count)
+    owner = jnp.take_along_axis(ids, flat, axis=1).reshape(index_BPC.shape)
+    own = (index_BPC < N) & (owner == jnp.arange(num_patches, dtype=jnp.int32)[None, :, None])
+    taken = jnp.take_along_axis(x, flat[..., None], axis=1).reshape(B, num_patches, count, D)
+    return jnp.where(own[..., None], taken, 0).reshape(B, num_patches, count * D)
+
+
+def pool(
+    x: Float[Array, "B N D"], ids: Int[Array, "B N"], num_patches: int, config: BLTConfig
+) -> Float[Array, "B P E"]:
+    """Bytes of every patch pooled as config.pooling says; 0 for an empty patch."""
+    if config.pooling is Pooling.FIRST_BYTES:
+        return first_bytes(x, ids, num_patches, config.pooled_bytes)
+    modes = config.pooling.value.split("_")
+    pooled = [pallas_kernels.patch_pool(x, ids, num_patches, mode=mode) for mode in modes]
+    return jnp.concatenate(pooled, axis=-1)
+
+
+# -------------------------------------------------------------------------- linen modules
+
+
+class Projection(nn.Module):
+    """A linear map without bias."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+
+    def setup_kernel(self, inputs: int) -> jax.Array:
+        init = nn.with_logical_partitioning(truncated_normal(inputs**-0.5), self.axes)
+        return self.param("kernel", init, (inputs, self.features), jnp.float32)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        return project(x, self.setup_kernel(x.shape[-1]))
+
+
+class NgramEmbedding(nn.Module):
+    """Adds the embeddings of the n-grams that end at each byte (Eq. 2)."""
+
+    config: NgramConfig
+    d_model: int
+    sharding: ShardingRules
+    ngram_tables: NgramTables | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], tokens: Int[Array, "B N"], history: Int[Array, "B N"]
+    ) -> Float[Array, "B N D"]:
+        """history: tokens before each one that its n-grams may reach."""
+        config = self.config
+        init = truncated_normal(self.d_model**-0.5)
+        init = nn.with_logical_partitioning(init, ("ngram", None))
+        for function, size in config.tables:
+            shape = (config.vocab_size, self.d_model)
+            table = self.param(f"f{function}_n{size}", init, shape, jnp.float32)
+            table = constrain(table, ("ngram", None), self.sharding)
+            if config.kind is NgramKind.HASH:
+                prime = PRIMES[function]
+                ids = hash_ids(tokens, size, prime, config.vocab_size, config.order, history)
+            else:
+                ids = self.ngram_tables.lookup(tokens, size, history)
+            # One gather per table: one gather from a stacked table is several times slower.
+            rows = jnp.take(table, ids, axis=0).astype(x.dtype)
+            if config.start is NgramStart.SKIP:
+                rows = jnp.where((history >= size - 1)[..., None], rows, 0)
+            x = x + rows
+        if config.normalize and config.tables:
+            x = x * (1.0 / (len(config.tables) + 1))
+        return constrain(x, ("batch", "length", "embed_act"), self.sharding)
+
+
+class CrossAttention(nn.Module):
+    """Pre-norm attention of `x` to `context` without positions; the caller adds the residual.
+
+    Norms are over the full width, and heads may share keys and values. `attend` computes the
+    attention from q [..., H, K] and key, value [..., H, K].
+    """
+
+    config: TransformerConfig
+    shape: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x, context, attend, layer, key_values=None):
+        """key_values: those of the context if they are known already, [..., G, K] each."""
+        config, (H, G, K), d_model = self.config, self.shape, x.shape[-1]
+        divisor = depth_divisor(config.depth_scaling, layer, config.num_layers, d_model)
+
+        def kernel(name, shape, names, fan_in):
+            init = projection_init(config.initialization, fan_in, divisor)
+            return self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
+
+        wq = kernel("query", (d_model, H, K), ("embed", "heads", "head_dim"), d_model)
+        wo = kernel("out", (H, K, d_model), ("heads", "head_dim", "embed"), H * K)
+        q = project(RMSNorm(config.norm_eps, name="query_norm")(x), wq)
+        if key_values is None:
+            wk = kernel("key", (d_model, G, K), ("embed", "kv_heads", "head_dim"), d_model)
+            wv = kernel("value", (d_model, G, K), ("embed", "kv_heads", "head_dim"), d_model)
+            context = RMSNorm(config.norm_eps, name="key_norm")(context)
+            key_values = project(context, wk), project(context, wv)
+        if G != H:
+            key_values = tuple(jnp.repeat(part, H // G, axis=-2) for part in key_values)
+        return project(attend(q, *key_values), wo, num_input_axes=2)
+
+
+def _scan_layers(layer: type[nn.Module], config: TransformerConfig, length: int, broadcast: int):
+    """`layer` over a leading axis of its second and third argument, carrying the first."""
+    return nn.scan(
+        config.remat.wrap(layer),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, 0) + (nn.broadcast,) * broadcast,
+        out_axes=0,
+        length=length,
+        unroll=1 if config.scan_layers else length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class EncoderCrossLayer(nn.Module):
+    """Patches attend to their bytes (Eq. 5-8)."""
+
+    config: BLTConfig
+
+    @nn.compact
+    def __call__(self, patches, layer, state, kernel, ids, segment_ids, patch_segment_ids):
+        """patches [B, P, Q, D] attend to state [B, N, D]; kernel: of the patch projection."""
+        config = self.config
+        if config.pool_queries is PoolQueries.PER_LAYER:
+            pooled = pool(state, ids, patches.shape[1], config)
+            patches = project(pooled, kernel).reshape(patches.shape)
+
+        def attend(q, key, value):
+            return pallas_kernels.patch_attention(
+                q, key, value, ids, **_window(config, segment_ids, patch_segment_ids)
+            )
+
+        cross = CrossAttention(
+            config.local_encoder, config.cross_shape("encoder"), name="cross_attention"
+        )
+        out = cross(patches, state, attend, layer)
+        return _residual(patches, config) + out, None
+
+
+def _window(config: BLTConfig, segment_ids, patch_segment_ids) -> dict[str, Any]:
+    """A window of one patch cannot leave its document; a wider one needs the documents."""
+    if config.patch_window == 1:
+        return {}
+    segments = {"segment_ids": segment_ids, "patch_segment_ids": patch_segment_ids}
+    return {"window": config.patch_window} | segments
+
+
+def _residual(x, config: BLTConfig):
+    return x if config.residual is Residual.SINGLE else 2.0 * x
+
+
+class PatchEncoder(nn.Module):
+    """Patch vectors from bytes: pooled, projected, then refined by cross-attention (Eq. 5-8)."""
+
+    config: BLTConfig
+    sharding: ShardingRules
+
+    @nn.compact
+    def __call__(
+        self,
+        states: Float[Array, "L B N D"],
+        ids: Int[Array, "B N"],
+        segment_ids: Int[Array, "B N"],
+        patch_segment_ids: Int[Array, "B P"],
+    ) -> Float[Array, "B P E"]:
+        """states: the bytes that each cross-attention sees. Returns the Q vectors side by side."""
+        config = self.config
+        B, P, D = ids.shape[0], patch_segment_ids.shape[1], states.shape[-1]
+        shape = (config.num_pooled * D, config.patch_width)
+        init = truncated_normal(shape[0] ** -0.5)
+        init = nn.with_logical_partitioning(init, ("embed", "patch_vectors"))
+        kernel = self.param("patch_projection", init, shape, jnp.float32)
+        patches = project(pool(states[0], ids, P, config), kernel)
+        patches = patches.reshape(B, P, config.cross_attn_k, D)
+        if config.num_encoder_cross_layers:
+            stack = _scan_layers(
+                EncoderCrossLayer, config.local_encoder, config.num_encoder_cross_layers, 4
+            )(config, name="layers")
+            layers = jnp.arange(config.num_encoder_cross_layers, dtype=jnp.int32)
+            patches, _ = stack(patches, layers, states, kernel, ids, segment_ids, patch_segment_ids)
+        patches = patches.reshape(B, P, config.patch_width)
+        return constrain(patches, ("batch", "patches", "embed_act"), self.sharding)
+
+
+class DecoderLayer(nn.Module):
+    """A transformer block over bytes, after cross-attention if every layer has one."""
+
+    config: BLTConfig
+    sharding: ShardingRules
+    emit_key_values: bool
+
+    @nn.compact
+    def __call__(self, x, layer, key_values, context, layout, rope, segment_ids, cache):
+        """key_values: of the context at this layer if known, else None; layout: see attend."""
+        config = self.config
+        if config.decoder_cross_attention is DecoderCrossAttention.ALL:
+            with jax.named_scope("cross_attention"):
+                x = _attend_context(config, x, layer, key_values, context, layout)
+        block = Block(config.local_decoder, self.sharding, self.emit_key_values, name="block")
+        return block(x, layer, rope, segment_ids, cache)
+
+
+def _attend_context(config: BLTConfig, x, layer, key_values, context, layout):
+    """Bytes attend to the vectors of their last complete patch (Eq. 9-11), with residual."""
+    ids, segment_ids, patch_segment_ids = layout
+
+    def attend(q, key, value):
+        return pallas_kernels.patch_gather_attention(
+            q, key, value, ids, **_window(config, segment_ids, patch_segment_ids)
+        )
+
+    cross = CrossAttention(
+        config.local_decoder, config.cross_shape("decoder"), name="cross_attention"
+    )
+    return _residual(x, config) + cross(x, context, attend, layer, key_values)
+
+
+class LocalDecoder(nn.Module):
+    """Bytes continue from the encoder's, and see the latent output of complete patches."""
+
+    config: BLTConfig
+    sharding: ShardingRules
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        context: Float[Array, "B P Q D"],
+        layout: tuple,
+        positions: Int[Array, "B N"],
+        segment_ids: Int[Array, "B N"],
+        cache: KVCache | None = None,
+        emit_key_values: bool = False,
+        context_key_values: tuple | None = None,
+    ) -> tuple[Float[Array, "B N D"], KeyValues | None]:
+        """layout: decoder ids [B, N], segment_ids [B, N], segments of patches [B, P]."""
+        config, key_values = self.config, None
+        first = jnp.zeros((), jnp.int32)
+        if config.decoder_cross_attention is DecoderCrossAttention.FIRST:
+            if context_key_values is not None:
+                key_values = tuple(part[0] for part in context_key_values)
+            x = _attend_context(config, x, first, key_values, context, layout)
+            context_key_values = None
+        elif config.decoder_cross_attention is DecoderCrossAttention.NONE:
+            x = x + take_patches(context[:, :, 0], layout[0])
+        stack = _scan_layers(DecoderLayer, config.local_decoder, config.local_decoder.num_layers, 5)
+        stack = stack(config, self.sharding, emit_key_values or cache is not None, name="layers")
+        layers = jnp.arange(config.local_decoder.num_layers, dtype=jnp.int32)
+        rope = rope_table(positions, config.local_decoder.rope, config.local_decoder.head_width)
+        return stack(x, layers, context_key_values, context, layout, rope, segment_ids, cache)
+
+
+def take_patches(patches: Float[Array, "B P D"], ids: Int[Array, "B N"]) -> Float[Array, "B N D"]:
+    """The vector of each byte's patch; 0 for ids outside 0..P-1."""
+    P = patches.shape[1]
+    taken = jnp.take_along_axis(patches, jnp.clip(ids, 0, P - 1)[..., None], axis=1)
+    return jnp.where(((ids >= 0) & (ids < P))[..., None], taken, 0)
+
+
+class RecordingBlock(Block):
+    """A block that also returns its output, for the cross-attention of every layer."""
+
+    def __call__(self, x, layer, rope, segment_ids, cache):
+        x, key_values = super().__call__(x, layer, rope, segment_ids, cache)
+        return x, (key_values, x)
+
+
+class RecordingTransformer(nn.Module):
+    """`Transformer` that also returns the output of every layer, [L, B, N, D]."""
+
+    config: TransformerConfig
+    sharding: ShardingRules
+
+    @nn.compact
+    def __call__(self, x, positions, segment_ids, cache=None, emit_key_values=False):
+        stack = scan_blocks(RecordingBlock, self.config, 3)(
+            self.config, self.sharding, emit_key_values or cache is not None, name="layers"
+        )
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        rope = rope_table(positions, self.config.rope, self.config.head_width)
+        x, (key_values, states) = stack(x, layers, rope, segment_ids, cache)
+        return x, key_values, states
+
+
+# ------------------------------------------------------------------------------------ model
+
+
+@flax.struct.dataclass
+class BLTKeyValues:
+    """Rotated keys and values of a full pass, KeyValues [L, B, T or P, G, K] each."""
+
+    encoder: Any
+    latent: Any
+    decoder: Any
+
+
+@flax.struct.dataclass
+class BLTAux:
+    """What happened inside: layout: PatchLayout; encoder_hidden [B, N, D]: bytes after the local
+    encoder; patch_vectors [B, P, k D]; latent [B, P, h_G]; key_values: BLTKeyValues or None."""
+
+    layout: Any
+    encoder_hidden: Any
+    patch_vectors: Any
+    latent: Any
+    key_values: Any
+
+
+@flax.struct.dataclass
+class BLTOutput:
+    """logits: float32 [B, N, V]; hidden: [B, N, D] normalised, before the head; cache: None."""
+
+    logits: Any
+    hidden: Any
+    cache: Any
+    aux: Any
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """hidden: [B, N, D]; states: [L, B, N, D], the bytes each encoder cross-attention sees;
+    key_values: KeyValues [L, B, N, G, K] or None."""
+
+    hidden: Any
+    states: Any
+    key_values: Any
+
+
+class BLT(Model):
+    """The model. Parts are methods, so that generation can run each when it is due."""
+
+    config: BLTConfig
+    ngram_tables: NgramTables | None = None
+
+    def setup(self):
+        config, sharding, dtype = self.config, self.sharding, self.config.precision.dtype
+        width = config.local_encoder.d_model
+        if (config.ngrams.kind is NgramKind.EXACT) != (self.ngram_tables is not None):
+            raise ValueError(
+                "ngrams.kind=EXACT needs build(ngram_tables=...), and other kinds take none"
+            )
+        self.byte_embedding = Embed(VOCAB_SIZE, width, dtype, sharding)
+        self.ngram_embedding = NgramEmbedding(config.ngrams, width, sharding, self.ngram_tables)
+        record = RecordingTransformer if self._records else Transformer
+        self.local_encoder = record(config.local_encoder, sharding)
+        self.patch_encoder = PatchEncoder(config, sharding)
+        if config.patch_width != config.latent.d_model:
+            self.latent_projection = Projection(config.latent.d_model, ("patch_vectors", "embed"))
+        self.latent_transformer = Transformer(config.latent, sharding)
+        self.context_projection = Projection(self._num_context * width, ("embed", "patch_vectors"))
+        self.local_decoder = LocalDecoder(config, sharding)
+        self.output_norm = RMSNorm(config.local_decoder.norm_eps)
+        self.head = Head(VOCAB_SIZE, sharding)
+
+    @property
+    def _num_context(self) -> int:
+        none = self.config.decoder_cross_attention is DecoderCrossAttention.NONE
+        return 1 if none else self.config.cross_attn_k
+
+    @property
+    def _records(self) -> bool:
+        """Whether cross-attention sees other bytes than those before or after the whole stack."""
+        config = self.config
+        if config.local_encoder.num_layers == 1 or not config.num_encoder_cross_layers:
+            return False
+        return config.num_encoder_cross_layers > 1 or config.kv_from is KeyValueSource.INPUT
+
+    def example_inputs(self) -> tuple:
+        tokens = jnp.full((1, 8), 4, jnp.int32)
+        return tokens, jnp.ones((1, 9), bool)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B N"],
+        starts: Bool[Array, "B M"],
+        segment_ids: Int[Array, "B N"] | None = None,
+        positions: Int[Array, "B N"] | None = None,
+        emit_key_values: bool = False,
+    ) -> BLTOutput:
+        """Logits of the next byte at every byte; starts covers the N bytes and the last target.
+
+        segment_ids: documents, 0 = padding; None: one document per row. positions: inside
+        documents; None: counted from segment_ids. emit_key_values: fill aux.key_values (prefill).
+        Raises ValueError as `check_inputs` does.
+        """
+        check_inputs(tokens, starts, segment_ids)
+        if segment_ids is None:
+            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        if positions is None:
+            positions = blt_patching.document_positions(segment_ids)
+        # Padding never indexes a table, whatever id the data gave it.
+        tokens = jnp.where(segment_ids > 0, tokens, 0)
+        layout = patch_layout(starts, segment_ids, self.config.max_patches or tokens.shape[1])
+
+        x = self.embed_bytes(tokens, self.history(positions))
+        encoded = self.encode(x, positions, segment_ids, None, emit_key_values)
+        patches = self.pool_patches(
+            encoded.states, layout.encoder_ids, segment_ids, layout.segment_ids
+        )
+        latent, latent_kv = self.latent(
+            patches, layout.positions, layout.segment_ids, None, emit_key_values
+        )
+        logits, hidden, decoder_kv = self.decode(
+            encoded.hidden,
+            self.context(latent),
+            (layout.decoder_ids, segment_ids, layout.segment_ids),
+            positions,
+            segment_ids,
+            None,
+            emit_key_values,
+        )
+        key_values = None
+        if emit_key_values:
+            key_values = BLTKeyValues(encoded.key_values, latent_kv, decoder_kv)
+        aux = BLTAux(layout, encoded.hidden, patches, latent, key_values)
+        return BLTOutput(logits=logits, hidden=hidden, cache=None, aux=aux)
+
+    def history(self, positions: Int[Array, "B N"]) -> Int[Array, "B N"]:
+        """Tokens before each one that its n-grams may reach: its document's, or its row's."""
+        if not self.config.ngrams.cross_documents:
+            return positions
+        return jax.lax.broadcasted_iota(jnp.int32, positions.shape, 1)
+
+    def embed_bytes(
+        self, tokens: Int[Array, "B N"], history: Int[Array, "B N"]
+    ) -> Float[Array, "B N D"]:
+        """Byte embeddings enriched by n-grams; the last of a window of 8 tokens is complete."""
+        with jax.named_scope("byte_embedding"):
+            return self.ngram_embedding(self.byte_embedding(tokens), tokens, history)
+
+    def encode(
+        self,
+        x: Float[Array, "B N D"],
+        positions: Int[Array, "B N"],
+        segment_ids: Int[Array, "B N"],
+        cache: KVCache | None = None,
+        emit_key_values: bool = False,
+    ) -> EncoderOutput:
+        """The local encoder over bytes: a full pass, or one byte per row with its cache."""
+        config = self.config
+        with jax.named_scope("local_encoder"):
+            arguments = (x, positions, segment_ids, cache, emit_key_values)
+            if self._records:
+                hidden, key_values, states = self.local_encoder(*arguments)
+                if config.kv_from is KeyValueSource.INPUT:
+                    states = jnp.concatenate([x[None], states[:-1]])
+                states = states[-config.num_encoder_cross_layers :]
+            else:
+                hidden, key_values = self.local_encoder(*arguments)
+                from_input = (
+                    config.kv_from is KeyValueSource.INPUT and config.num_encoder_cross_layers
+                )
+                states = (x if from_input else hidden)[None]
+        return EncoderOutput(hidden=hidden, states=states, key_values=key_values)
+
+    def pool_patches(
+        self,
+        states: Float[Array, "L B N D"],
+        ids: Int[Array, "B N"],
+        segment_ids: Int[Array, "B N"],
+        patch_segment_ids: Int[Array, "B P"],
+    ) -> Float[Array, "B P E"]:
+        """Patch vectors, k byte widths wide, of the bytes with ids 0..P-1."""
+        with jax.named_scope("patch_encoder"):
+            return self.patch_encoder(states, ids, segment_ids, patch_segment_ids)
+
+    def latent(
+        self,
+        patches: Float[Array, "B P E"],
+        positions: Int[Array, "B P"],
+        segment_ids: Int[Array, "B P"],
+        cache: KVCache | None = None,
+        emit_key_values: bool = False,
+    ) -> tuple[Float[Array, "B P G"], KeyValues | None]:
+        """The latent transformer over patches: a full pass, or one patch per row with its cache."""
+        with jax.named_scope("latent"):
+            if self.config.patch_width != self.config.latent.d_model:
+                patches = self.latent_projection(patches)
+            return self.latent_transformer(patches, positions, segment_ids, cache, emit_key_values)
+
+    def context(self, latent: Float[Array, "B P G"]) -> Float[Array, "B P Q D"]:
+        """The k vectors of byte width that the local decoder sees of each patch."""
+        context = self.context_projection(latent)
+        return context.reshape(*latent.shape[:2], self._num_context, -1)
+
+    def decode(
+        self,
+        hidden: Float[Array, "B N D"],
+        context: Float[Array, "B P Q D"],
+        layout: tuple,
+        positions: Int[Array, "B N"],
+        segment_ids: Int[Array, "B N"],
+        cache: KVCache | None = None,
+        emit_key_values: bool = False,
+        context_key_values: tuple | None = None,
+    ) -> tuple[Float[Array, "B N V"], Float[Array, "B N D"], KeyValues | None]:
+        """Logits float32, normalised hidden states, and keys and values if asked for.
+
+        layout: decoder ids [B, N], segment_ids [B, N], segments of patches [B, P].
+        context_key_values: `context_key_values(...)` of the context, to save its projections.
+        """
+        with jax.named_scope("local_decoder"):
+            x, key_values = self.local_decoder(
+                hidden,
+                context,
+                layout,
+                positions,
+                segment_ids,
+                cache,
+                emit_key_values,
+                context_key_values,
+            )
+        with jax.named_scope("head"):
+            x = self.output_norm(x)
+            return self.head(x), x, key_values
+
+    # ------------------------------------------------------------------------------- loss
+
+    def loss(self, params, batch: dict[str, jax.Array], key: jax.Array | None = None) -> LossSums:
+        """Cross-entropy of the counted targets (section 4.5).
+
+        Targets whose last complete patch lies beyond max_patches are left out and counted in
+        `dropped_targets`; `patches` and `patched_bytes` are those of the whole rows.
+        """
+        out = self.apply(
+            {"params": params},
+            batch["tokens"],
+            batch["starts"],
+            batch["segment_ids"],
+            batch["positions"],
+        )
+        layout, num_patches = out.aux.layout, out.aux.layout.segment_ids.shape[1]
+        kept = layout.decoder_ids < num_patches
+        mask = batch["target_mask"] & kept
+        sums = cross_entropy_sums(
+            out.logits, batch["targets"], mask, batch["target_bytes"], self.config.z_loss
+        )
+        real = batch["segment_ids"] > 0
+        counts = {
+            "patches": batch["starts"][:, :-1] & real,
+            "patched_bytes": real,
+            "dropped_targets": batch["target_mask"] & ~kept,
+        }
+        metrics = {name: jnp.sum(x).astype(jnp.float32) for name, x in counts.items()}
+        return sums.replace(metrics=sums.metrics | metrics)
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Forward FLOPs per byte, from the shapes of all products; the entropy model is apart."""
+        config, p, k = self.config, self.config.mean_patch_bytes, self.config.cross_attn_k
+        width, latent_width, window = (
+            config.local_encoder.d_model,
+            config.latent.d_model,
+            config.patch_window,
+        )
+        per_byte = config.local_encoder.flops_per_token(float(context_length))
+        per_byte += config.local_decoder.flops_per_token(float(context_length))
+        per_byte += 2 * width * VOCAB_SIZE
+        per_patch = config.latent.flops_per_token(context_length / p)
+        pools = 1
+        if config.pool_queries is PoolQueries.PER_LAYER:
+            pools += config.num_encoder_cross_layers
+        per_patch += pools * 2 * config.num_pooled * width * config.patch_width
+        if config.patch_width != latent_width:
+            per_patch += 2 * config.patch_width * latent_width
+        per_patch += 2 * latent_width * self._num_context * width
+        for side, layers in (
+            ("encoder", config.num_encoder_cross_layers),
+            ("decoder", config.num_decoder_cross_layers),
+        ):
+            H, G, K = config.cross_shape(side)
+            query_out, key_value = 2 * 2 * width * H * K, 2 * 2 * width * G * K
+            attention = 2 * 2 * k * window * H * K
+            if side == "encoder":
+                per_patch += layers * k * query_out
+                per_byte += layers * (key_value + attention)
+            else:
+                per_patch += layers * k * key_value
+                per_byte += layers * (query_out + attention)
+        return float(per_byte + per_patch / p)
+
+
+def context_key_values(
+    params: dict[str, Any], config: BLTConfig, context: Float[Array, "B P Q D"]
+) -> tuple[jax.Array, jax.Array] | None:
+    """Keys and values [L, B, P, Q, G, K] of the context at every decoder cross-attention.
+
+    For generation, where one patch serves many bytes. params: of the whole model. None without
+    cross-attention in the decoder.
+    """
+    match config.decoder_cross_attention:
+        case DecoderCrossAttention.NONE:
+            return None
+        case DecoderCrossAttention.FIRST:
+            weights = jax.tree.map(lambda w: w[None], params["local_decoder"]["cross_attention"])
+        case DecoderCrossAttention.ALL:
+            weights = params["local_decoder"]["layers"]["cross_attention"]
+
+    def of_layer(weights):
+        x = rms_norm(context, weights["key_norm"]["weight"], config.local_decoder.norm_eps)
+        return project(x, weights["key"]), project(x, weights["value"])
+
+    return jax.vmap(of_layer)(weights)
