@@ -94,6 +94,7 @@ def check_rows(rows):
             assert (tokens[row, joins] == 2).all()  # a document's EOS ends its segment
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(texts=TEXTS, length=st.integers(1, 20), mode=st.sampled_from(packing.Packing))
 def test_every_target_comes_once(texts, length, mode):
     rows = list(batches(texts, sequence_length=length, packing=mode))
@@ -104,6 +105,7 @@ def test_every_target_comes_once(texts, length, mode):
         assert max(int(b["segment_ids"].max()) for b in rows) == 1
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     texts=TEXTS,
     length=st.integers(1, 20),

@@ -85,6 +85,7 @@ def test_byte_tokenizer_drops_surrogates_and_broken_utf8():
     assert lib.decode_text(tokenizer, [1, 4 + 0xC3, 4 + 97, 2]) == "a"
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.binary(max_size=200))
 def test_byte_round_trip(data):
     tokenizer = lib.ByteTokenizer()
@@ -253,6 +254,7 @@ def test_llama3_never_gets_two_bos(llama):
         llama.encode_with_specials("<|begin_of_text|>hi", bos=True)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.text(alphabet="ab \n", max_size=80), st.integers(1, 30), st.integers(1, 9))
 def test_long_texts_are_cut(text, max_characters, max_run):
     parts = list(lib.cut_long_text(text, max_characters, max_run))
