@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -88,14 +88,25 @@ def _check_divisible(shape, names, spec, mesh_shape) -> None:
             )
 
 
+def _init(model: nn.Module, key: jax.Array):
+    # Example inputs are small: their activations could not be divided over a mesh.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return model.init(key, *model.example_inputs())["params"]
+
+
 def _boxed_init(model: nn.Module):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs())["params"])
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+
+
+def param_shapes(model: nn.Module) -> dict[str, Any]:
+    """Tree of ShapeDtypeStruct, one per parameter of `model`; nothing is computed."""
+    return nn.unbox(_boxed_init(model))
 
 
 def logical_axes(model: nn.Module) -> dict[str, Any]:
     """Tree of tuples of logical names, one per parameter axis, beside the params of `model`."""
-    specs = nn.get_partition_spec(_boxed_init(model))
-    shapes = nn.unbox(_boxed_init(model))
+    boxed = _boxed_init(model)
+    specs, shapes = nn.get_partition_spec(boxed), nn.unbox(boxed)
     return jax.tree.map(
         lambda leaf, spec: tuple(spec) + (None,) * (leaf.ndim - len(spec)), shapes, specs
     )
@@ -109,14 +120,14 @@ def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
         _check_divisible(leaf.shape, names, spec, dict(mesh.shape))
         return NamedSharding(mesh, spec)
 
-    return jax.tree.map(sharding, nn.unbox(_boxed_init(model)), logical_axes(model))
+    return jax.tree.map(sharding, param_shapes(model), logical_axes(model))
 
 
 def init_params(model: nn.Module, key: jax.Array, mesh: Mesh | None = None) -> dict[str, Any]:
     """Plain nested dict of parameter arrays, created already sharded when a mesh is given."""
 
     def init(key):
-        return nn.unbox(model.init(key, *model.example_inputs())["params"])
+        return nn.unbox(_init(model, key))
 
     if mesh is None:
         return jax.jit(init)(key)

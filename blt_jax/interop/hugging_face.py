@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
@@ -19,6 +20,7 @@ from blt_jax.interop.foreign_config import ForeignConfig, read_json, read_rope, 
 from blt_jax.interop.tensor_files import TensorFiles, check_names, write_tensors
 from blt_jax.interop.weights import (
     Weight,
+    change_rope_layout,
     foreign_reader,
     foreign_shapes,
     heads_in,
@@ -30,7 +32,7 @@ from blt_jax.interop.weights import (
 from blt_jax.layers.model import Model, ModelConfig
 from blt_jax.layers.rope import RopeConfig, RopeLayout
 from blt_jax.layers.transformer import TransformerConfig
-from blt_jax.models.llama3 import Llama3Config
+from blt_jax.models.llama3 import Llama3, Llama3Config
 
 # Attributes of every transformers configuration that change no value of a forward pass.
 HARMLESS = (
@@ -143,6 +145,22 @@ def llama_table(config: Llama3Config) -> list[Weight]:
         same(("norm", "weight"), "model.norm.weight"),
         *([] if config.tied_embeddings else head),
     ]
+
+
+def with_rope_layout(
+    model: Llama3, params: dict[str, Any], layout: RopeLayout
+) -> tuple[Llama3, dict[str, Any]]:
+    """The same function with queries and keys laid out for `layout` (HF HALF_SPLIT, Meta the
+    other)."""
+    source = model.config.transformer.rope.layout
+    rope = dataclasses.replace(model.config.transformer.rope, layout=layout)
+    stack = dataclasses.replace(model.config.transformer, rope=rope)
+    config = dataclasses.replace(model.config, transformer=stack)
+    params = jax.tree.map(lambda leaf: leaf, params)
+    attention = params["transformer"]["layers"]["attention"]
+    for name in ("query", "key"):
+        attention[name] = change_rope_layout(attention[name], source, layout)
+    return config.build(model.sharding), params
 
 
 # ---------------------------------------------------------------------------------- families

@@ -8,12 +8,11 @@ import pathlib
 import typing
 from typing import Any
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 from jax.sharding import Mesh
 
-from blt_jax.dist.sharding import ShardingRules, param_shardings
+from blt_jax.dist.sharding import ShardingRules, param_shapes, param_shardings
 from blt_jax.interop.foreign_config import read_json
 from blt_jax.layers.model import Model, ModelConfig
 
@@ -119,10 +118,7 @@ def load_model(
 def _abstract_params(model: Model, mesh: Mesh | None, stored: Any) -> dict[str, Any]:
     """Shapes of the model with the types of the file, which orbax would cast silently."""
 
-    def init():
-        return nn.unbox(model.init(jax.random.key(0), *model.example_inputs())["params"])
-
-    flat = flax.traverse_util.flatten_dict(jax.eval_shape(init))
+    flat = flax.traverse_util.flatten_dict(param_shapes(model))
     types = flax.traverse_util.flatten_dict(dict(stored))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = dict.fromkeys(flat, here)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blt_jax.dist.sharding import param_shardings
+from blt_jax.dist.sharding import param_shapes, param_shardings
 from blt_jax.interop.tensor_files import TensorFiles, check_names
 from blt_jax.layers.rope import RopeLayout
 
@@ -48,7 +48,9 @@ def linear(path, name, **options) -> Weight:
     return Weight(path=path, name=name, to_theirs=np.transpose, to_ours=np.transpose, **options)
 
 
-def change_rope_layout(x: np.ndarray, source: RopeLayout, target: RopeLayout) -> np.ndarray:
+def change_rope_layout(
+    x: np.ndarray | jax.Array, source: RopeLayout, target: RopeLayout
+) -> np.ndarray | jax.Array:
     """Reorders the last axis, a head's features, so that the same features rotate together."""
     if source is target:
         return x
@@ -56,8 +58,16 @@ def change_rope_layout(x: np.ndarray, source: RopeLayout, target: RopeLayout) ->
     return x.reshape(*x.shape[:-1], *split).swapaxes(-1, -2).reshape(x.shape)
 
 
-def heads_in(path, name, heads: int, *, ours=None, theirs=None, **options) -> Weight:
-    """Ours [D, H, K], theirs [H K, D]; ours, theirs: rotary layouts of queries and keys."""
+def heads_in(
+    path,
+    name,
+    heads: int,
+    *,
+    ours: RopeLayout = RopeLayout.INTERLEAVED,
+    theirs: RopeLayout = RopeLayout.INTERLEAVED,
+    **options,
+) -> Weight:
+    """Ours [D, H, K], theirs [H K, D]; ours, theirs: rotary layouts, equal for values."""
 
     def to_theirs(x_DHK):
         D, H, K = x_DHK.shape
@@ -86,10 +96,7 @@ def heads_out(path, name, heads: int, **options) -> Weight:
 
 
 def _flat_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
-    def init():
-        return nn.unbox(model.init(jax.random.key(0), *model.example_inputs())["params"])
-
-    flat = flax.traverse_util.flatten_dict(jax.eval_shape(init))
+    flat = flax.traverse_util.flatten_dict(param_shapes(model))
     return {path: leaf.shape for path, leaf in flat.items()}
 
 

@@ -43,7 +43,7 @@ def head_logits(
     x: Float[Array, "B T D"], kernel: Float[Array, "D V"], sharding: ShardingRules
 ) -> Float[Array, "B T V"]:
     """float32 logits of an output projection."""
-    logits_BTV = project(x, kernel, output_dtype=jnp.float32)
+    logits_BTV = project(x, kernel, output_dtype=jnp.dtype(jnp.float32))
     return constrain(logits_BTV, ("batch", "length", "vocab_act"), sharding)
 
 
