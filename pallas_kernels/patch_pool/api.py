@@ -167,7 +167,7 @@ def _same(name: str, x: jax.Array, shape: tuple[int, ...], q: jax.Array) -> None
         raise TypeError(f"{name} has dtype {x.dtype}; q's dtype {q.dtype} is needed")
 
 
-def _positive(name: str, value: int) -> int:
+def _positive(name: str, value) -> int:
     try:
         value = operator.index(value)
     except TypeError as error:

@@ -56,7 +56,7 @@ def patch_gather_attention(
 
 
 def _accumulator(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _seen(patches_back_BPT, ids_BT, segment_ids_BT, patch_segment_ids_BP, window) -> jax.Array:

@@ -32,7 +32,7 @@ def patch_pool(x_BTD: jax.Array, ids_BT: jax.Array, num_patches: int, mode: str)
 
 
 def _accumulator(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _sorted_rows(ids_BT, num_patches) -> tuple[jax.Array, jax.Array]:
