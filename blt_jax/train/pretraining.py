@@ -370,7 +370,7 @@ class _Fitting:
         finally:
             checkpoints.close()
         numbers = _final_numbers(result, config.total_steps, time.perf_counter() - started)
-        numbers |= {"parameters": total, "parameters_without_embeddings": rest}
+        numbers |= {"parameters": float(total), "parameters_without_embeddings": float(rest)}
         average = result.state.average
         averaged = average.params if average is not None and int(average.count) else None
         return Fit(
@@ -385,7 +385,7 @@ def _final_numbers(result: LoopResult, steps: int, wall: float) -> dict[str, flo
         if name in result.numbers:
             numbers[name] = result.numbers[name]
     numbers |= {
-        "steps": steps,
+        "steps": float(steps),
         "training_seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
         "fit_seconds": wall,

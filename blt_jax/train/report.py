@@ -18,7 +18,7 @@ img, svg { max-width: 100%; height: auto } figure { margin: 1rem 0 }
 _MAX_POINTS = 1000
 
 
-def _curve_groups(lines: list[dict[str, float]]) -> dict[str, dict[str, list]]:
+def _curve_groups(lines: list[dict[str, Any]]) -> dict[str, dict[str, list]]:
     """Panels of curves: name -> {curve: [(step, value), ...]}; evaluation joins its training."""
     panels: dict[str, dict[str, list]] = {}
     for line in lines:
@@ -36,7 +36,7 @@ def _thin(points: list) -> list:
     return points[::stride] + ([points[-1]] if (len(points) - 1) % stride else [])
 
 
-def curves_svg(lines: list[dict[str, float]], names: tuple[str, ...]) -> str:
+def curves_svg(lines: list[dict[str, Any]], names: tuple[str, ...]) -> str:
     """One inline SVG with a panel per metric of `names` that occurs in the lines."""
     import matplotlib.figure
 

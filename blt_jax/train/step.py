@@ -122,8 +122,8 @@ def make_train_step(
             "objective": sums.objective,
             "weight": sums.weight,
             **sums.metrics,
-            "gradient_norm": optax.global_norm(gradients),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(gradients),
+            "parameter_norm": optax.tree.norm(params),
             "learning_rate": learning_rate(state.step),
         }
         new_state = TrainState(

@@ -51,7 +51,7 @@ class Writer:
             partial.write_text("".join(f"{line}\n" for line in lines))
             partial.replace(self.metrics_path)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl and one event per value."""
         if not self.enabled:
             return
@@ -82,7 +82,7 @@ class Writer:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", errors="replace")
 
-    def results(self, numbers: dict[str, float], config: Any, wall_time: float) -> None:
+    def results(self, numbers: dict[str, Any], config: Any, wall_time: float) -> None:
         """`results.json`: numbers, config, commit, versions, device, wall time in seconds."""
         if self.enabled:
             values = {
@@ -117,7 +117,7 @@ def _plain(value: Any) -> Any:
     return value if math.isfinite(value) else str(value)
 
 
-def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; a last line cut off by a crash is left out."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = []

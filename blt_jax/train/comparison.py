@@ -1,0 +1,179 @@
+"""Several experiments beside each other: one table, one figure, repeated over seeds if asked."""
+
+import dataclasses
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from blt_jax.train import configs
+from blt_jax.train.checkpoint import claim_workdir
+from blt_jax.train.pretraining import Context, Experiment
+from blt_jax.train.writers import read_metrics, read_results
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Comparison(Experiment):
+    """Runs each (name, experiment) in its own subfolder and compares `metric` of their numbers.
+
+    seeds: repeats every experiment with each of them (all fields named `seed`, except in model
+    configs); empty: once, as it is. Differences are taken against the first run, seed by seed.
+    Finished runs are not run again.
+    """
+
+    runs: tuple[tuple[str, Experiment], ...] = ()
+    metric: str = "bits_per_byte"
+    seeds: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        names = [name for name, _ in self.runs]
+        if not names:
+            raise ValueError("Comparison.runs is empty: give (name, experiment) pairs")
+        if len(set(names)) != len(names):
+            raise ValueError(f"Comparison.runs={names}: the names must differ")
+        for name in names:
+            if not name or not all(c.isalnum() or c in "_.-" for c in name):
+                raise ValueError(
+                    f"Comparison.runs: name {name!r} must consist of letters, digits, '_', '.', '-'"
+                )
+        if not all(isinstance(seed, int) for seed in self.seeds):
+            raise ValueError(f"Comparison.seeds={self.seeds}: must be whole numbers")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"Comparison.seeds={self.seeds}: must differ")
+
+    def run(self, context: Context) -> dict[str, float]:
+        """All runs, then `comparison.txt`, `comparison.json` and `figures/comparison.png`."""
+        values: dict[str, list[float]] = {}
+        for name, experiment in self.runs:
+            values[name] = []
+            for part, repeated in self._repetitions(name, experiment):
+                numbers = _run_child(context, part, repeated)
+                if self.metric not in numbers:
+                    raise ValueError(
+                        f"Comparison.metric={self.metric!r}: run {name!r} gives {sorted(numbers)}"
+                    )
+                values[name].append(float(numbers[self.metric]))
+        rows = compare(values)
+        if jax.process_index() == 0:
+            table = format_table(rows, self.metric)
+            print(table, flush=True)
+            (context.workdir / "comparison.txt").write_text(table + "\n")
+            (context.workdir / "comparison.json").write_text(
+                json.dumps({"metric": self.metric, "seeds": self.seeds, "runs": rows}, indent=2)
+            )
+            context.writer.text("comparison", table)
+            context.writer.figure("comparison", self._figure(context, rows))
+        numbers = {}
+        for name, row in rows.items():
+            numbers[f"{name}/{self.metric}"] = row["mean"]
+            for key in ("interval", "difference", "difference_interval"):
+                if row[key] is not None:
+                    numbers[f"{name}/{key}"] = row[key]
+        return numbers
+
+    def _repetitions(self, name: str, experiment: Experiment) -> list[tuple[str, Experiment]]:
+        if not self.seeds:
+            return [(name, experiment)]
+        return [
+            (f"{name}/seed_{seed}", configs.replace_seeds(experiment, seed)) for seed in self.seeds
+        ]
+
+    def _figure(self, context: Context, rows: dict[str, dict[str, Any]]) -> Any:
+        import matplotlib.figure
+
+        figure = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for index, (name, row) in enumerate(rows.items()):
+            color = f"C{index}"
+            left.plot([index] * len(row["values"]), row["values"], "o", color=color, alpha=0.5)
+            left.errorbar(index, row["mean"], row["interval"], fmt="_", color=color, capsize=4)
+            for part, _ in self._repetitions(name, None):
+                lines = read_metrics(context.workdir / part)
+                key = self.metric if any(self.metric in line for line in lines) else None
+                points = [(line["step"], line[key]) for line in lines if key in line]
+                if points:
+                    label = name if part == self._repetitions(name, None)[0][0] else None
+                    right.plot(*zip(*points, strict=True), color=color, linewidth=1, label=label)
+        left.set_xticks(range(len(rows)), list(rows), rotation=20, ha="right")
+        left.set_ylabel(self.metric)
+        left.grid(alpha=0.3)
+        right.set_xlabel("step")
+        right.set_title(f"{self.metric} in training", fontsize=10)
+        right.grid(alpha=0.3)
+        if right.lines:
+            right.legend(fontsize=8)
+        return figure
+
+
+def _run_child(context: Context, part: str, experiment: Experiment) -> dict[str, float]:
+    child = context.child(part, key=jax.random.key(experiment.seed))
+    claim_workdir(child.workdir, experiment)
+    child.claimed = True
+    finished = read_results(child.workdir)
+    if finished is not None:
+        return finished["numbers"]
+    if jax.process_index() == 0:
+        print(f"--- {part}", flush=True)
+    started = time.perf_counter()
+    try:
+        numbers = experiment.run(child)
+        child.writer.results(numbers, experiment, time.perf_counter() - started)
+    finally:
+        child.writer.close()
+    return numbers
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95% Student-t interval (None for a single value)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    import scipy.stats
+
+    quantile = float(scipy.stats.t.ppf(0.975, len(values) - 1))
+    return mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def compare(values: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Per run: values, mean, interval, and the paired difference to the first run."""
+    first = next(iter(values.values()))
+    rows = {}
+    for index, (name, own) in enumerate(values.items()):
+        mean, interval = mean_and_interval(own)
+        difference = difference_interval = None
+        if index:
+            pairs = [a - b for a, b in zip(own, first, strict=True)]
+            difference, difference_interval = mean_and_interval(pairs)
+        rows[name] = {
+            "values": own,
+            "mean": mean,
+            "interval": interval,
+            "difference": difference,
+            "difference_interval": difference_interval,
+        }
+    return rows
+
+
+def format_table(rows: dict[str, dict[str, Any]], metric: str) -> str:
+    """The table of `comparison.txt`; intervals are 95% Student-t over the seeds."""
+
+    def cell(value, interval, sign=""):
+        if value is None:
+            return ""
+        return f"{value:{sign}.4f}" + (f" ± {interval:.4f}" if interval is not None else "")
+
+    first = next(iter(rows))
+    table = [("run", metric, f"difference to {first}", "runs")]
+    for name, row in rows.items():
+        difference = cell(row["difference"], row["difference_interval"], "+")
+        table.append(
+            (name, cell(row["mean"], row["interval"]), difference, str(len(row["values"])))
+        )
+    widths = [max(len(line[i]) for line in table) for i in range(4)]
+    return "\n".join(
+        "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    )
