@@ -484,10 +484,12 @@ class BLTKeyValues:
 @flax.struct.dataclass
 class BLTAux:
     """What happened inside: layout: PatchLayout; encoder_hidden [B, N, D]: bytes after the local
-    encoder; patch_vectors [B, P, k D]; latent [B, P, h_G]; key_values: BLTKeyValues or None."""
+    encoder; encoder_states [L, B, N, D]: what each encoder cross-attention saw; patch_vectors
+    [B, P, k D]; latent [B, P, h_G]; key_values: BLTKeyValues or None."""
 
     layout: Any
     encoder_hidden: Any
+    encoder_states: Any
     patch_vectors: Any
     latent: Any
     key_values: Any
@@ -599,7 +601,7 @@ class BLT(Model):
         key_values = None
         if emit_key_values:
             key_values = BLTKeyValues(encoded.key_values, latent_kv, decoder_kv)
-        aux = BLTAux(layout, encoded.hidden, patches, latent, key_values)
+        aux = BLTAux(layout, encoded.hidden, encoded.states, patches, latent, key_values)
         return BLTOutput(logits=logits, hidden=hidden, cache=None, aux=aux)
 
     def history(self, positions: Int[Array, "B N"]) -> Int[Array, "B N"]:

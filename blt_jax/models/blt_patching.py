@@ -522,8 +522,9 @@ class PatcherConfig:
         for name, value in inputs.items():
             if value is not None and np.shape(value) != tokens.shape:
                 raise ValueError(f"{name} has shape {np.shape(value)}, tokens {tokens.shape}")
-        # Rows of few lengths, so that documents of all lengths share few compiled programs.
-        padding = (0, -len(tokens) % 1024 if self.kind is not PatcherKind.TOPK else 0)
+        # Powers of two, so that documents of all lengths share few compiled programs.
+        length = max(1024, 1 << (len(tokens) - 1).bit_length())
+        padding = (0, 0 if self.kind is PatcherKind.TOPK else length - len(tokens))
         rows = {
             name: jnp.asarray(np.pad(value, padding)[None, :-1])
             for name, value in inputs.items()
