@@ -49,7 +49,8 @@ class Comparison(Experiment):
         values: dict[str, list[float]] = {}
         for name, experiment in self.runs:
             values[name] = []
-            for part, repeated in self._repetitions(name, experiment):
+            for part, seed in self._parts(name):
+                repeated = experiment if seed is None else configs.replace_seeds(experiment, seed)
                 numbers = _run_child(context, part, repeated)
                 if self.metric not in numbers:
                     raise ValueError(
@@ -74,12 +75,9 @@ class Comparison(Experiment):
                     numbers[f"{name}/{key}"] = row[key]
         return numbers
 
-    def _repetitions(self, name: str, experiment: Experiment) -> list[tuple[str, Experiment]]:
-        if not self.seeds:
-            return [(name, experiment)]
-        return [
-            (f"{name}/seed_{seed}", configs.replace_seeds(experiment, seed)) for seed in self.seeds
-        ]
+    def _parts(self, name: str) -> list[tuple[str, int | None]]:
+        """(subfolder, seed) of every repetition of a run; seed None: as it is."""
+        return [(f"{name}/seed_{seed}", seed) for seed in self.seeds] or [(name, None)]
 
     def _figure(self, context: Context, rows: dict[str, dict[str, Any]]) -> Any:
         import matplotlib.figure
@@ -90,13 +88,12 @@ class Comparison(Experiment):
             color = f"C{index}"
             left.plot([index] * len(row["values"]), row["values"], "o", color=color, alpha=0.5)
             left.errorbar(index, row["mean"], row["interval"], fmt="_", color=color, capsize=4)
-            for part, _ in self._repetitions(name, None):
+            for number, (part, _) in enumerate(self._parts(name)):
                 lines = read_metrics(context.workdir / part)
-                key = self.metric if any(self.metric in line for line in lines) else None
-                points = [(line["step"], line[key]) for line in lines if key in line]
-                if points:
-                    label = name if part == self._repetitions(name, None)[0][0] else None
-                    right.plot(*zip(*points, strict=True), color=color, linewidth=1, label=label)
+                curve = [(n["step"], n[self.metric]) for n in lines if self.metric in n]
+                if curve:
+                    label = None if number else name
+                    right.plot(*zip(*curve, strict=True), color=color, linewidth=1, label=label)
         left.set_xticks(range(len(rows)), list(rows), rotation=20, ha="right")
         left.set_ylabel(self.metric)
         left.grid(alpha=0.3)

@@ -190,6 +190,7 @@ def test_eight_devices_equal_one(tmp_path):
     eight = fit(tmp_path / "eight", experiment, mesh=mesh)
     assert "fsdp" in eight.params["embedding"].sharding.spec
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "eight"), strict=True):
+        assert a.keys() == b.keys()
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
     np.testing.assert_allclose(
         one.metrics["bits_per_byte"], eight.metrics["bits_per_byte"], rtol=1e-5
@@ -205,8 +206,8 @@ def test_resumed_on_another_device_count(tmp_path):
     moved = dataclasses.replace(experiment, mesh=MeshConfig(data=1))
     fit(tmp_path / "moved", moved)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "moved"), strict=True):
-        assert a["step"] == b["step"]
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-5)
 
 
 def test_every_step_has_its_line_although_metrics_are_late(tmp_path):
