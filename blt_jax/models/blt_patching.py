@@ -175,7 +175,7 @@ def strided_starts(
     return starts & (segment_ids > 0)
 
 
-def space_like(tokens: Int[Array, "B N"]) -> Bool[Array, "B N"]:
+def space_like(tokens: Int[Array, "..."]) -> Bool[Array, "..."]:
     """Not a digit, an ASCII letter or a UTF-8 continuation byte; special ids are space-like."""
     byte = tokens - BYTE_OFFSET
     digit = (byte >= ord("0")) & (byte <= ord("9"))
