@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from blt_jax.interop import hugging_face
+from blt_jax.interop import hugging_face, hugging_face_llama
 from blt_jax.interop.weights import foreign_reader
 from blt_jax.layers.rope import RopeLayout
 from blt_jax.models import llama3
@@ -89,7 +89,7 @@ def test_gradients(pair):
         return sums.objective / sums.weight
 
     grads = jax.jit(jax.grad(mean_loss))(params)
-    read = foreign_reader(hugging_face.llama_table(model.config), grads)
+    read = foreign_reader(hugging_face_llama.llama_table(model.config), grads)
     expected = {k: p.grad.numpy() for k, p in theirs.named_parameters()}
     for name, value in expected.items():
         np.testing.assert_allclose(read(name), value, rtol=1e-3, atol=5e-5, err_msg=name)
@@ -127,7 +127,7 @@ def test_interleaved_layout_gives_the_same_logits(pair):
     rope = dataclasses.replace(model.config.transformer.rope, layout=RopeLayout.INTERLEAVED)
     stack = dataclasses.replace(model.config.transformer, rope=rope)
     other = dataclasses.replace(model.config, transformer=stack).build()
-    swapped = hugging_face.with_rope_layout(model, params, RopeLayout.INTERLEAVED)
+    swapped = hugging_face_llama.with_rope_layout(model, params, RopeLayout.INTERLEAVED)
     assert swapped[0] == other
     ids = jnp.asarray(random_ids())
     np.testing.assert_allclose(
@@ -140,7 +140,7 @@ def test_interleaved_layout_gives_the_same_logits(pair):
 def test_a_model_saved_here_loads_there(pair, tmp_path):
     theirs, model, params, _ = pair
     ids = random_ids(seed=2)
-    swapped = hugging_face.with_rope_layout(model, params, RopeLayout.INTERLEAVED)
+    swapped = hugging_face_llama.with_rope_layout(model, params, RopeLayout.INTERLEAVED)
     for name, saved in {"same": (model, params), "swapped": swapped}.items():
         path = tmp_path / name
         hugging_face.save_pretrained(*saved, path, max_shard_bytes=100_000, dtype=np.float32)
