@@ -108,7 +108,7 @@ class Comparison(Experiment):
 def _run_child(context: Context, part: str, experiment: Experiment) -> dict[str, float]:
     child = context.child(part, key=jax.random.key(experiment.seed))
     claim_workdir(child.workdir, experiment)
-    child.claimed = True
+    child.claimed, child.shared = True, context.shared or context.workdir / "shared"
     finished = read_results(child.workdir)
     if finished is not None:
         return finished["numbers"]

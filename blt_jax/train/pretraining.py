@@ -19,6 +19,7 @@ from blt_jax.dist.sharding import ShardingRules
 from blt_jax.layers.model import Model, ModelConfig
 from blt_jax.train import state as state_lib
 from blt_jax.train.checkpoint import CheckpointingConfig, Checkpoints, claim_workdir
+from blt_jax.train.config_json import write_model_config
 from blt_jax.train.evaluate import evaluate
 from blt_jax.train.loop import LoggingConfig, LoopResult, Stage, train
 from blt_jax.train.memory import check_memory
@@ -32,7 +33,8 @@ from blt_jax.train.writers import Writer
 class Context:
     """Where an experiment runs: its folder, mesh, random key and writer.
 
-    claimed: `config.txt` of the workdir already holds the experiment that runs in it.
+    claimed: `config.txt` of the workdir already holds the experiment that runs in it. shared:
+    folder of the parts that several runs have in common, None for the workdir itself.
     """
 
     workdir: pathlib.Path
@@ -40,12 +42,22 @@ class Context:
     key: jax.Array
     writer: Writer
     claimed: bool = False
+    shared: pathlib.Path | None = None
 
     def child(self, name: str, key: jax.Array | None = None) -> "Context":
         """The context of a part: own subfolder and writer, same mesh, key derived from `name`."""
         if key is None:
             key = jax.random.fold_in(self.key, zlib.crc32(name.encode()))
-        return make_context(self.workdir / name, self.mesh, key)
+        return self._part(self.workdir / name, key)
+
+    def shared_child(self, name: str, key: jax.Array) -> "Context":
+        """The context of a part that several runs have in common."""
+        return self._part((self.shared or self.workdir) / name, key)
+
+    def _part(self, folder: pathlib.Path, key: jax.Array) -> "Context":
+        part = make_context(folder, self.mesh, key)
+        part.shared = self.shared
+        return part
 
 
 def make_context(workdir: str | pathlib.Path, mesh: Mesh, key: jax.Array) -> Context:
@@ -327,6 +339,8 @@ class _Fitting:
         config, context = self.config, self.context
         if not context.claimed:
             claim_workdir(context.workdir, config)
+        if jax.process_index() == 0:
+            write_model_config(context.workdir, config.all_phases[-1].model or config.model)
         started = time.perf_counter()
         configs = [phase.model or config.model for phase in config.all_phases]
         built = {model: model.build(config.sharding) for model in dict.fromkeys(configs)}

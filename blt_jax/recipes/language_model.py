@@ -1,0 +1,64 @@
+"""Pre-training of a plain language model that ends with generated text.
+
+The byte-level and BPE baselines of the suite are runs of this recipe.
+"""
+
+import dataclasses
+
+from blt_jax.data.loader import open_documents
+from blt_jax.data.tokenizers import Tokenizer, train_bpe
+from blt_jax.decoding.sampling import SamplingConfig
+from blt_jax.models.llama3 import Llama3Config
+from blt_jax.recipes.samples import generate_texts, transformer_decoder
+from blt_jax.train.pretraining import Context, Pretraining
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class LanguageModel(Pretraining):
+    """`Pretraining`, then text generated from the prompts.
+
+    bpe_vocab_size: trains a byte-level BPE of that size on the training split first; 0 takes the
+    tokenizer of the data config. prompts, sample_tokens: what is generated at the end.
+    """
+
+    bpe_vocab_size: int = 0
+    prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    sample_tokens: int = 200
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.model, Llama3Config):
+            raise ValueError(f"LanguageModel.model={self.model}: must be a Llama3Config")
+        for name in ("bpe_vocab_size", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"LanguageModel.{name}={getattr(self, name)}: must be >= 0")
+        if self.bpe_vocab_size and self.bpe_vocab_size != self.model.vocab_size:
+            raise ValueError(
+                f"LanguageModel.bpe_vocab_size={self.bpe_vocab_size}: the model has "
+                f"vocab_size={self.model.vocab_size}"
+            )
+
+    def run(self, context: Context) -> dict[str, float]:
+        """`Pretraining.run`, and the speed of generation."""
+        tokenizer = self._tokenizer(context)
+        fit = self.fit(context, tokenizer=tokenizer)
+        numbers = dict(fit.metrics)
+        if self.prompts and self.sample_tokens:
+            longest = max(len(tokenizer.encode(prompt, bos=True)) for prompt in self.prompts)
+            decoder = transformer_decoder(fit.model, fit.params, longest + self.sample_tokens)
+            numbers |= generate_texts(
+                context,
+                decoder,
+                tokenizer,
+                self.prompts,
+                SamplingConfig(temperature=0.8),
+                self.sample_tokens,
+            )
+        return numbers
+
+    def _tokenizer(self, context: Context) -> Tokenizer:
+        if not self.bpe_vocab_size:
+            return self.data.tokenizer.build()
+        documents = open_documents(self.data)
+        texts = (documents[index].text for index in range(len(documents)))
+        return train_bpe(texts, self.bpe_vocab_size, str(context.workdir / "tokenizer.json"))
