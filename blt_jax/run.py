@@ -56,9 +56,13 @@ def run(values: flags.FlagValues) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0, also after SIGTERM, 1 for an error of the run,
-    2 for a wrong command line."""
-    argv = list(sys.argv if argv is None else argv)
+    """The command; returns its exit status: 0, also after SIGTERM, 1 for an error of the run, 2
+    for a wrong command line.
+
+    argv: program name and arguments, None for those of this process, which then also joins its
+    cluster if there is one.
+    """
+    is_program, argv = argv is None, list(sys.argv if argv is None else argv)
     try:
         values = parse(argv)
         if values.help:
@@ -81,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     from blt_jax.train.checkpoint import WorkdirError
     from blt_jax.train.loop import NonFiniteError, Preempted
 
-    multihost.initialize()
+    if is_program:
+        multihost.initialize()
     former = signal.signal(signal.SIGTERM, _terminate)
     try:
         run(values)

@@ -179,9 +179,21 @@ def test_killed_terminated_and_whole_runs_are_bitwise_the_same(experiments, tmp_
         == read_results(tmp_path / "whole")["numbers"]["bits_per_byte"]
     )
 
-    other = start(experiments, parts, "long", "--config.model.width=16")
-    _, err = other.communicate(timeout=60)
-    assert other.returncode == 1
-    assert "error: workdir" in err
-    assert "model.width: 32 -> 16" in err
-    assert "Traceback" not in err
+
+def test_errors_of_a_run_are_one_line(experiments, tmp_path, capsys):
+    config = f"--config={experiments}/toy.py:tiny"
+    arguments = ["run", config, f"--workdir={tmp_path}/w", "--config.logging.tensorboard=false"]
+    assert run.main(arguments) == 0
+    assert "report.html in" in capsys.readouterr().out
+    assert (tmp_path / "w" / "report.html").exists()
+    assert run.main([*arguments, "--config.model.width=8"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: workdir")
+    assert "model.width: 16 -> 8" in error
+    arguments[2] = f"--workdir={tmp_path}/inf"
+    assert run.main([*arguments, "--config.model.scale=inf"]) == 1
+    assert capsys.readouterr().err.startswith("error: step 1: objective is nan")
+    huge = ["--config.model.width=4194304", "--config.model.vocab_size=65536"]
+    arguments[2] = f"--workdir={tmp_path}/huge"
+    assert run.main([*arguments, *huge]) == 1
+    assert "blt_jax.compile" in capsys.readouterr().err

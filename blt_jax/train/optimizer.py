@@ -179,7 +179,7 @@ def make_optimizer(
     factors = multipliers(config, params)
     steps = []
     if config.clip_norm:
-        steps.append(optax.clip_by_global_norm(config.clip_norm))
+        steps.append(_clip_by_global_norm(config.clip_norm))
     steps.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
     if config.weight_decay:
         mask = decay_mask(config, params)
@@ -196,6 +196,17 @@ def make_optimizer(
 
 def _is_masked(value: Any) -> bool:
     return isinstance(value, optax.MaskedNode)
+
+
+def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    # optax selects between a gradient and its quotient, element by element, which XLA:CPU does
+    # not fuse: with a table of 77M entries the whole update took twice as long as with a factor.
+    def update(updates, state, params=None):
+        del params
+        factor = largest / jnp.maximum(optax.tree.norm(updates), largest)
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _scale_by_tree(factors: Any) -> optax.GradientTransformation:
