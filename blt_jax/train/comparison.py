@@ -95,6 +95,7 @@ class Comparison(Experiment):
                     label = None if number else name
                     right.plot(*zip(*curve, strict=True), color=color, linewidth=1, label=label)
         left.set_xticks(range(len(rows)), list(rows), rotation=20, ha="right")
+        left.set_xlim(-0.5, len(rows) - 0.5)
         left.set_ylabel(self.metric)
         left.grid(alpha=0.3)
         right.set_xlabel("step")

@@ -36,14 +36,14 @@ def _thin(points: list) -> list:
     return points[::stride] + ([points[-1]] if (len(points) - 1) % stride else [])
 
 
-def curves_svg(lines: list[dict[str, Any]], names: tuple[str, ...]) -> str:
-    """One inline SVG with a panel per metric of `names` that occurs in the lines."""
+def curves_figure(lines: list[dict[str, Any]], names: tuple[str, ...]) -> Any:
+    """A figure with a panel per metric of `names` that occurs in the lines, None without any."""
     import matplotlib.figure
 
     panels = _curve_groups(lines)
     shown = [name for name in names if name in panels]
     if not shown:
-        return ""
+        return None
     rows = -(-len(shown) // 2)
     figure = matplotlib.figure.Figure(figsize=(10, 3.2 * rows), layout="constrained")
     for index, name in enumerate(shown):
@@ -57,8 +57,16 @@ def curves_svg(lines: list[dict[str, Any]], names: tuple[str, ...]) -> str:
         axes.grid(alpha=0.3)
         if len(panels[name]) > 1:
             axes.legend(fontsize=8)
+    return figure
+
+
+def _inline_svg(figure: Any) -> str:
+    import matplotlib
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # Text stays text: outlines of glyphs would be most of the file.
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -98,7 +106,9 @@ def _section(folder: pathlib.Path, title: str, level: int) -> list[str]:
             "targets",
         )
         names += tuple(name for name in others if name not in skipped)
-        parts.append(f'<div class="curves">{curves_svg(lines, names)}</div>')
+        figure = curves_figure(lines, names)
+        if figure is not None:
+            parts.append(_inline_svg(figure))
     for path in sorted((folder / "texts").glob("*.txt")):
         text = path.read_text(encoding="utf-8", errors="replace")
         parts.append(f"<h{level + 1}>{html.escape(path.stem)}</h{level + 1}>")
