@@ -5,6 +5,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -68,3 +69,128 @@ class KVCache:
     def take_rows(self, indices) -> "KVCache":
         """The cache of rows `indices` [B'], for beams and compaction."""
         return KVCache(self.key[:, indices], self.value[:, indices], self.lengths[indices])
+
+
+FIRST_CHUNK = 256
+
+
+def chunk_sizes(slots: int) -> tuple[int, ...]:
+    """Sizes of the chunks that make up `slots`: each as large as all before it together."""
+    sizes = []
+    while (used := sum(sizes)) < slots:
+        sizes.append(min(max(used, FIRST_CHUNK), slots - used))
+    return tuple(sizes)
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one layer, read only as far as they are filled.
+
+    key, value: tuples of arrays [B, G, S_c, K], consecutive chunks of slots that double in size.
+    Layers and chunks are arrays of their own because XLA:CPU copies a slice before it multiplies
+    with it, which costs more than the product.
+    """
+
+    key: Any
+    value: Any
+
+    @classmethod
+    def create(cls, batch, num_kv_heads, slots, head_dim, dtype) -> "LayerCache":
+        def zeros():
+            shapes = [(batch, num_kv_heads, size, head_dim) for size in chunk_sizes(slots)]
+            return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+
+        return cls(key=zeros(), value=zeros())
+
+    @classmethod
+    def from_rows(cls, key, value, first, end, slots, dtype) -> "LayerCache":
+        """From key and value [B, T, G, K]: tokens first..end-1 of each row are 0.. of the cache.
+
+        Of more tokens than slots the last stay, token p in slot p % slots.
+        """
+        index_BS, filled_BS = _ring_index(first, end, slots)
+        index_BS = jnp.clip(index_BS, 0, key.shape[1] - 1)
+
+        def place(x):
+            x = jnp.take_along_axis(x, index_BS[:, :, None, None], axis=1)
+            x = jnp.swapaxes(jnp.where(filled_BS[:, :, None, None], x, 0).astype(dtype), 1, 2)
+            return tuple(jnp.split(x, np.cumsum(chunk_sizes(slots))[:-1].tolist(), axis=2))
+
+        return cls(key=place(key), value=place(value))
+
+    @property
+    def slots(self) -> int:
+        return sum(chunk.shape[2] for chunk in self.key)
+
+    def write(self, key, value, slot) -> "LayerCache":
+        """Writes key, value [B, G, K] into `slot` [B]; slots outside 0..slots-1 write nothing.
+
+        Write before reading: XLA:CPU copies a buffer that is read and afterwards written.
+        """
+
+        def place(chunks, x):
+            written, start = [], 0
+            for chunk in chunks:
+                B, G, S, K = chunk.shape
+                row = jnp.arange(B * G, dtype=jnp.int32)
+                inside = (slot >= start) & (slot < start + S)
+                index = jnp.repeat(jnp.where(inside, slot - start, S), G)
+                # One axis of rows and heads: with B = 1 the axis of size 1 would cost two copies.
+                flat = chunk.reshape(B * G, S, K)
+                flat = flat.at[row, index].set(x.reshape(B * G, K).astype(chunk.dtype), mode="drop")
+                written.append(flat.reshape(chunk.shape))
+                start += S
+            return tuple(written)
+
+        return LayerCache(key=place(self.key, key), value=place(self.value, value))
+
+
+def _ring_index(first, end, slots):
+    """Row index [B, S] of the token in each slot, and whether there is one."""
+    slot_S = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    last_B1 = (end - first)[:, None] - 1
+    position_BS = last_B1 - (last_B1 - slot_S) % slots
+    return first[:, None] + position_BS, position_BS >= 0
+
+
+@flax.struct.dataclass
+class StepCache:
+    """Cache of a stack of layers for one-token steps; position p of a row lies in slot p % slots.
+
+    layers: tuple of LayerCache; lengths: int32 [B], tokens written so far per row. With a sliding
+    window the slots are those of the window, and old ones are overwritten.
+    """
+
+    layers: Any
+    lengths: Any
+
+    @classmethod
+    def create(cls, num_layers, batch, num_kv_heads, slots, head_dim, dtype) -> "StepCache":
+        layer = LayerCache.create(batch, num_kv_heads, slots, head_dim, dtype)
+        return cls(layers=(layer,) * num_layers, lengths=jnp.zeros((batch,), jnp.int32))
+
+    @classmethod
+    def from_prefill(cls, key, value, lengths, slots, dtype, first=None) -> "StepCache":
+        """From key and value [L, B, T, G, K] of a full forward pass over right-padded rows.
+
+        first [B]: tokens before it are left out (0); lengths [B]: tokens of the row.
+        """
+        first = jnp.zeros_like(lengths) if first is None else first
+        layers = tuple(
+            LayerCache.from_rows(k, v, first, lengths, slots, dtype)
+            for k, v in zip(key, value, strict=True)
+        )
+        return cls(layers=layers, lengths=lengths - first)
+
+    @property
+    def slots(self) -> int:
+        return self.layers[0].slots
+
+    def next_slot(self, active=None) -> jax.Array:
+        """int32 [B]: where the next token goes; outside the cache for rows not `active` [B]."""
+        slot = self.lengths % self.slots
+        return slot if active is None else jnp.where(active, slot, self.slots)
+
+    def take_rows(self, indices) -> "StepCache":
+        """The cache of rows `indices` [B'], for beams and compaction."""
+        return jax.tree.map(lambda x: x[indices], self)

@@ -1,0 +1,208 @@
+"""One token per row through a stack of transformer blocks: the inner loop of generation.
+
+The layers are unrolled over weights that were taken apart once before the loop, because at one row
+the time goes into reading weights and caches, and every slice of a stacked array would be a copy.
+The equations are those of `layers.transformer`.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from blt_jax.layers.cache import LayerCache, StepCache
+from blt_jax.layers.embed import check_token_ids
+from blt_jax.layers.masks import NEGATIVE
+from blt_jax.layers.norms import rms_norm
+from blt_jax.layers.rope import rope_table, rotate
+from blt_jax.layers.transformer import TransformerConfig
+
+
+@flax.struct.dataclass
+class BlockWeights:
+    """Weights of one block: qkv [D, (H + 2 G) K], out [H K, D], gate_up [D, 2 F], down [F, D]."""
+
+    attention_norm: Any
+    qkv: Any
+    out: Any
+    mlp_norm: Any
+    gate_up: Any
+    down: Any
+
+
+def block_weights(layers: dict[str, Any], dtype: jnp.dtype) -> tuple[BlockWeights, ...]:
+    """Weights of every layer from parameters stacked on a leading axis."""
+
+    def of_layer(layer):
+        attention, mlp = layer["attention"], layer["mlp"]
+        qkv = [flat_kernel(attention[name]) for name in ("query", "key", "value")]
+        out = attention["out"]
+        return BlockWeights(
+            attention_norm=layer["attention_norm"]["weight"],
+            qkv=jnp.concatenate(qkv, axis=1).astype(dtype),
+            out=out.reshape(-1, out.shape[-1]).astype(dtype),
+            mlp_norm=layer["mlp_norm"]["weight"],
+            gate_up=jnp.concatenate([mlp["gate"], mlp["up"]], axis=1).astype(dtype),
+            down=mlp["down"].astype(dtype),
+        )
+
+    return tuple(of_layer(layer) for layer in unstack(layers))
+
+
+def unstack(tree: Any) -> list[Any]:
+    """One tree per index of the leading axis that all leaves share."""
+    length = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(length)]
+
+
+def flat_kernel(kernel: Float[Array, "D H K"]) -> Float[Array, "D E"]:
+    """A projection to heads as a matrix."""
+    return kernel.reshape(kernel.shape[0], -1)
+
+
+def attend_slots(
+    q: Float[Array, "B H K"],
+    cache: LayerCache,
+    begin: Int[Array, " B"],
+    end: Int[Array, " B"],
+) -> Float[Array, "B H K"]:
+    """One query per row over the slots begin..end-1 of its cache; at least one must be there.
+
+    Chunks that no row needs are skipped; the others are joined by an online softmax in float32.
+    """
+    (B, H, K), G = q.shape, cache.key[0].shape[1]
+    q_NRK = (q * K**-0.5).reshape(B * G, H // G, K)
+
+    def chunk_sums(key, value, start):
+        S = key.shape[2]
+        slot_S = start + jnp.arange(S, dtype=jnp.int32)[None, :]
+        mask_BS = (slot_S >= begin[:, None]) & (slot_S < end[:, None])
+        scores = jnp.einsum(
+            "nrk,nsk->nrs", q_NRK, key.reshape(B * G, S, K), preferred_element_type=jnp.float32
+        )
+        mask = mask_BS[:, None, None, :]
+        scores = jnp.where(mask, scores.reshape(B, G, H // G, S), NEGATIVE)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.where(mask, jnp.exp(scores - highest), 0.0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.reshape(B * G, H // G, S).astype(value.dtype)
+        values = value.reshape(B * G, S, K)
+        out = jnp.einsum("nrs,nsk->nrk", weights, values, preferred_element_type=jnp.float32)
+        return highest, total, out.reshape(B, G, H // G, K)
+
+    def merge(a, b):
+        highest = jnp.maximum(a[0], b[0])
+        scale_a, scale_b = jnp.exp(a[0] - highest), jnp.exp(b[0] - highest)
+        return highest, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a + b[2] * scale_b
+
+    sums, start = None, 0
+    for key, value in zip(cache.key, cache.value, strict=True):
+        if sums is None:
+            sums = chunk_sums(key, value, start)
+        else:
+            needed = jnp.any((begin < start + key.shape[2]) & (end > start))
+            sums = jax.lax.cond(
+                needed,
+                lambda sums, key, value, start=start: merge(sums, chunk_sums(key, value, start)),
+                lambda sums, key, value: sums,
+                sums,
+                key,
+                value,
+            )
+        start += key.shape[2]
+    _, total, out = sums
+    return (out / total).reshape(B, H, K).astype(q.dtype)
+
+
+def block_step(
+    config: TransformerConfig,
+    weights: BlockWeights,
+    x: Float[Array, "B D"],
+    rope: Float[Array, "B 1 K"],
+    cache: LayerCache,
+    slot: Int[Array, " B"],
+    end: Int[Array, " B"],
+) -> tuple[Float[Array, "B D"], LayerCache]:
+    """One block: its key and value go to `slot`, then it attends to the slots before `end`."""
+    H, G, K = config.num_heads, config.kv_heads, config.head_width
+    with jax.named_scope("attention"):
+        h = rms_norm(x, weights.attention_norm, config.norm_eps)
+        qkv_BHK = (h @ weights.qkv).reshape(-1, H + 2 * G, K)
+        qk_BHK = rotate(qkv_BHK[:, None, : H + G], rope, config.rope.layout)[:, 0]
+        cache = cache.write(qk_BHK[:, H:], qkv_BHK[:, H + G :], slot)
+        out = attend_slots(qk_BHK[:, :H], cache, jnp.zeros_like(end), end)
+        x = x + out.reshape(-1, H * K) @ weights.out
+    with jax.named_scope("mlp"):
+        h = rms_norm(x, weights.mlp_norm, config.norm_eps)
+        gate, up = jnp.split(h @ weights.gate_up, 2, axis=-1)
+        x = x + (jax.nn.silu(gate) * up) @ weights.down
+    return x, cache
+
+
+def step_rope(config: TransformerConfig, positions: Int[Array, " B"]) -> Float[Array, "B 1 K"]:
+    """The rotation of one token per row."""
+    return rope_table(positions[:, None], config.rope, config.head_width)
+
+
+def transformer_step(
+    config: TransformerConfig,
+    layers: tuple[BlockWeights, ...],
+    x: Float[Array, "B D"],
+    cache: StepCache,
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B D"], StepCache]:
+    """All blocks. Positions count the tokens in the cache; rows not `active` leave it alone."""
+    rope, slot = step_rope(config, cache.lengths), cache.next_slot(active)
+    lengths = cache.lengths + (1 if active is None else active.astype(jnp.int32))
+    end, caches = jnp.clip(lengths, 1, cache.slots), []
+    for weights, layer in zip(layers, cache.layers, strict=True):
+        x, layer = block_step(config, weights, x, rope, layer, slot, end)
+        caches.append(layer)
+    return x, StepCache(layers=tuple(caches), lengths=lengths)
+
+
+def window_slots(config: TransformerConfig, capacity: int) -> int:
+    """Slots that a stack needs for rows of up to `capacity` tokens."""
+    return min(config.window, capacity) if config.window else capacity
+
+
+def check_prompts(tokens: Any, lengths: Any, capacity: int, vocab_size: int) -> None:
+    """Raises for prompts that would give a silently wrong result.
+
+    TypeError for ids that are no integers; ValueError for an empty prompt, a length beyond the
+    padded prompts, prompts beyond `capacity`, and ids outside the vocabulary. Values are checked
+    where they are known, that is outside jit.
+    """
+    check_token_ids("tokens", tokens)
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"tokens {tokens.shape}, lengths {lengths.shape}: must be [B, T] and [B]")
+    T = tokens.shape[1]
+    if T == 0:
+        raise ValueError("tokens is empty: a prompt needs at least one token (BOS)")
+    if capacity < T:
+        raise ValueError(f"prompts of {T} tokens exceed capacity={capacity}")
+    if isinstance(lengths, jax.core.Tracer) or isinstance(tokens, jax.core.Tracer):
+        return
+    lengths, tokens = np.asarray(lengths), np.asarray(tokens)
+    if lengths.min() < 1 or lengths.max() > T:
+        raise ValueError(
+            f"lengths={lengths.tolist()}: every prompt needs 1..{T} tokens (start it with BOS)"
+        )
+    real = tokens[np.arange(T)[None, :] < lengths[:, None]]
+    if real.min() < 0 or real.max() >= vocab_size:
+        raise ValueError(f"tokens hold ids {real.min()}..{real.max()}: must be 0..{vocab_size - 1}")
+
+
+def check_room(lengths: Any, new_tokens: int, capacity: int) -> None:
+    """Raises ValueError where rows of `lengths` known tokens cannot take `new_tokens` more."""
+    if isinstance(lengths, jax.core.Tracer):
+        return
+    longest = int(np.max(np.asarray(lengths)))
+    if longest + new_tokens > capacity:
+        raise ValueError(
+            f"{longest} tokens and {new_tokens} new ones exceed capacity={capacity}: "
+            "make a decoder with more"
+        )
