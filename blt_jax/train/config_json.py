@@ -72,6 +72,7 @@ def _config_class(value: dict[str, Any], where: object) -> type:
 def write_model_config(folder: str | pathlib.Path, config: ModelConfig) -> None:
     """Writes `model.json`, whole or not at all."""
     path = pathlib.Path(folder) / MODEL_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(config_to_json(config), indent=2) + "\n")
     partial.replace(path)
