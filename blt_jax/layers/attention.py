@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from blt_jax.layers.block_attention import block_attention
 from blt_jax.layers.cache import KVCache
 from blt_jax.layers.masks import NEGATIVE, causal_mask
+
+MAX_DENSE = 128
+"""Longest row for which `causal_attention` builds the whole mask."""
 
 
 def masked_attention(
@@ -45,8 +49,30 @@ def causal_attention(
     """Causal self-attention inside documents, optionally in a sliding window.
 
     segment_ids: 0 = padding (output 0), 1.. = documents. A window of w shows a query itself and
-    the w - 1 positions before it; 0 means no window.
+    the w - 1 positions before it; 0 means no window. Short rows take the dense form, longer ones
+    go by blocks: memory is linear in T, and so is time with a window.
     """
+    H, G = q.shape[2], k.shape[2]
+    if H % G:
+        raise ValueError(f"causal_attention: {H} query heads are no multiple of {G} kv heads")
+    if window < 0:
+        raise ValueError(f"causal_attention: window={window} must be at least 0")
+    if q.shape[1] <= MAX_DENSE:
+        return dense_causal_attention(q, k, v, segment_ids, window=window, scale=scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return block_attention(q, k, v, segment_ids, window=window, scale=scale)
+
+
+def dense_causal_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int = 0,
+    scale: float | None = None,
+) -> Float[Array, "B T H K"]:
+    """As `causal_attention`, with the whole mask: the truth for tests, and best for short rows."""
     index_T = jnp.arange(q.shape[1])
     mask = causal_mask(index_T, index_T, segment_ids, segment_ids, window)
     return masked_attention(q, k, v, mask, scale=scale)
