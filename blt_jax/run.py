@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         run(values)
     except Preempted as stop:
         print(stop, flush=True)
-    except (WorkdirError, MemoryError, NonFiniteError) as error:
+    except (WorkdirError, MemoryError, NonFiniteError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

@@ -152,7 +152,8 @@ def _first_lines(stage: Stage, batch: dict[str, Any], seconds: float, compiled: 
 
 def train(
     stages: tuple[Stage, ...],
-    state: TrainState,
+    make_state: Callable[[], TrainState],
+    abstract: TrainState,
     shardings: TrainState,
     *,
     mesh: Mesh,
@@ -164,8 +165,9 @@ def train(
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     evaluate_every: int = 0,
 ) -> LoopResult:
-    """Takes all stages from the newest checkpoint (or `state`) to the last step.
+    """Takes all stages from the newest checkpoint, or from `make_state()`, to the last step.
 
+    abstract: shapes of the state, so that a restored run never holds two states at once.
     evaluate: numbers of a state, every `evaluate_every` steps (0: not before the end) and after
     the last. The metrics of a step are read while the next one runs.
     Raises NonFiniteError naming the step, Preempted after SIGTERM.
@@ -176,7 +178,7 @@ def train(
     loop.evaluate, loop.evaluate_every = evaluate, evaluate_every
     with _Sigterm() as sigterm:
         try:
-            return loop.run(state, sigterm)
+            return loop.run(make_state, abstract, sigterm)
         finally:
             loop.progress.close()
             # Also after an error: the last good checkpoint must reach the disk.
@@ -206,16 +208,16 @@ class _Loop:
         if not self.logging.quiet:
             self.progress.line(line)
 
-    def restore(self, state: TrainState) -> tuple[int, TrainState, Any]:
+    def restore(self, make_state, abstract: TrainState) -> tuple[int, TrainState, Any]:
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state,
+            abstract,
             self.shardings,
         )
         found = self.checkpoints.restore(abstract)
         if found is None:
             self.writer.truncate(0)
-            return 0, state, None
+            return 0, make_state(), None
         state, data, extra = found
         step = int(state.step)
         self.writer.truncate(step)
@@ -294,8 +296,8 @@ class _Loop:
         )
         self.say(f"step {step}/{self.total} evaluation {shown}")
 
-    def run(self, state: TrainState, sigterm: _Sigterm) -> LoopResult:
-        step, state, data = self.restore(state)
+    def run(self, make_state, abstract: TrainState, sigterm: _Sigterm) -> LoopResult:
+        step, state, data = self.restore(make_state, abstract)
         if not self.logging.quiet:
             self.progress = Progress(self.total, step)
         start, trace = step, False

@@ -353,9 +353,12 @@ class _Fitting:
         shardings = state_lib.state_shardings(model, optimizer, abstract, context.mesh)
         memory = check_memory(abstract, shardings, context.mesh.devices.flat[0])
         total, rest = self.first_lines(model, abstract, memory)
-        state = state_lib.create_state(
-            model, optimizer, self.averaging, context.key, context.mesh, params
-        )
+
+        def make_state() -> TrainState:
+            return state_lib.create_state(
+                model, optimizer, self.averaging, context.key, context.mesh, params
+            )
+
         step_of = {
             key: make_train_step(
                 value.loss, optimizer, config.optimizer, config.learning_rate, self.averaging
@@ -370,7 +373,8 @@ class _Fitting:
         try:
             result = train(
                 self.stages([built[c] for c in configs], [step_of[c] for c in configs]),
-                state,
+                make_state,
+                abstract,
                 shardings,
                 mesh=context.mesh,
                 batch_sharding=batch_sharding(context.mesh, config.sharding),
