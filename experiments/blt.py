@@ -11,14 +11,17 @@ standard library's own source text and generates some of it.
 
 import dataclasses
 
-from blt_jax.data.loader import DataConfig
+from blt_jax.data.loader import DataConfig, evaluation_config
 from blt_jax.data.sources import SourceConfig
-from blt_jax.layers.transformer import TransformerConfig
+from blt_jax.layers.transformer import Remat, TransformerConfig
 from blt_jax.models import blt
 from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
 from blt_jax.recipes.blt_pretraining import BLTPretraining
+from blt_jax.train.comparison import Comparison
+from blt_jax.train.configs import select_run
+from blt_jax.train.loop import LoggingConfig
 from blt_jax.train.optimizer import Decay, Schedule
-from blt_jax.train.pretraining import EvaluationConfig, Pretraining
+from blt_jax.train.pretraining import EvaluationConfig, Experiment, Pretraining
 
 
 def stack(layers: int, width: int, heads: int, window: int = 0) -> TransformerConfig:
@@ -76,11 +79,135 @@ def smoke() -> BLTPretraining:
     )
 
 
-RUNS = (smoke,)
+def tiny() -> BLTPretraining:
+    """Entropy model, threshold for 4.5 bytes per patch, BLT on Python source (10 min)."""
+    data = rows(4_000_000, 1024, 8)
+    model = blt.BLTConfig(
+        local_encoder=stack(1, 96, 4, window=256),
+        latent=stack(4, 192, 4),
+        local_decoder=stack(3, 96, 4, window=256),
+        ngrams=blt.NgramConfig(vocab_size=8009),
+        max_patches=256,
+    )
+    return BLTPretraining(
+        entropy_model=entropy_model(2, 96, 400, dataclasses.replace(data, sequence_length=512)),
+        patcher=PatcherConfig(target_patch_size=4.5),
+        blt=Pretraining(
+            model=model,
+            data=dataclasses.replace(data, max_patches=256),
+            schedule=Schedule(learning_rate=2e-3, warmup_steps=50),
+            steps=500,
+        ),
+    )
 
 
-def get_config(run: str = "smoke") -> BLTPretraining:
+def _proof(patcher: PatcherConfig, ngrams: bool = True, match_space: bool = False):
+    """One side of the proof: every run sees the same bytes in the same order."""
+    sizes, num_bytes, length = (3, 4, 5), 6_000_000, 256
+    model = blt.BLTConfig(
+        local_encoder=stack(1, 64, 4, window=64),
+        latent=stack(3, 128, 4),
+        local_decoder=stack(2, 64, 4, window=64),
+        ngrams=blt.NgramConfig(
+            kind=blt.NgramKind.HASH if ngrams else blt.NgramKind.NONE, sizes=sizes, vocab_size=4001
+        ),
+        max_patches=length // 2,
+    )
+    return BLTPretraining(
+        entropy_model=entropy_model(2, 96, 500, rows(num_bytes, 256, 16)),
+        patcher=patcher,
+        match_space=match_space,
+        blt=Pretraining(
+            model=model,
+            data=rows(num_bytes, length, 16, max_patches=length // 2),
+            evaluation=EvaluationConfig(data=_held_out(length, length // 2)),
+            schedule=Schedule(learning_rate=3e-3, warmup_steps=100, final_ratio=0.05),
+            steps=1500,
+            logging=LoggingConfig(every=50),
+        ),
+        prompts=(),
+    )
+
+
+def _held_out(sequence_length: int, max_patches: int) -> DataConfig:
+    return evaluation_config(rows(250_000, sequence_length, 16, max_patches=max_patches))
+
+
+def proof() -> Comparison:
+    """Entropy against strided and space patches at equal sizes; with and without n-grams (15 min)."""
+    strided = PatcherConfig(kind=PatcherKind.STRIDED, stride=4)
+    entropy = PatcherConfig(target_patch_size=4.0)
+    return Comparison(
+        runs=(
+            ("strided_4", _proof(strided)),
+            ("entropy_4", _proof(entropy)),
+            ("entropy_4_no_ngrams", _proof(entropy, ngrams=False)),
+            ("space", _proof(PatcherConfig(kind=PatcherKind.SPACE))),
+            ("entropy_as_space", _proof(entropy, match_space=True)),
+        )
+    )
+
+
+def proof_seeds() -> Comparison:
+    """`proof` over three seeds (45 min)."""
+    return dataclasses.replace(proof(), seeds=(0, 1, 2))
+
+
+def _paper(model: blt.BLTConfig, context_bytes: int, rows_per_batch: int) -> BLTPretraining:
+    """The paper's optimizer and schedule on rows of context_bytes bytes on average."""
+    patches = round(context_bytes / model.mean_patch_bytes)
+    remat = {"remat": Remat.SAVE_NAMES}
+    model = dataclasses.replace(
+        model,
+        max_patches=patches,
+        latent=dataclasses.replace(model.latent, **remat),
+        local_decoder=dataclasses.replace(model.local_decoder, **remat),
+    )
+    data = DataConfig(
+        sequence_length=context_bytes * 3 // 2, batch_size=rows_per_batch, max_patches=patches
+    )
+    schedule = Schedule(learning_rate=4e-4, warmup_steps=2000, final_ratio=0.0)
+    return BLTPretraining(
+        entropy_model=Pretraining(
+            model=blt.entropy_model_paper_100m(),
+            data=dataclasses.replace(data, sequence_length=8192, max_patches=0),
+            schedule=schedule,
+            steps=100_000,
+        ),
+        patcher=PatcherConfig(target_patch_size=model.mean_patch_bytes),
+        blt=Pretraining(model=model, data=data, schedule=schedule, steps=100_000),
+        prompts=(),
+    )
+
+
+def blt_400m() -> BLTPretraining:
+    """470M latent parameters, 8k-byte rows (needs a TPU slice or GPUs)."""
+    return _paper(blt.paper_400m(), 8192, 2048)
+
+
+def blt_1b() -> BLTPretraining:
+    """1B latent parameters, 8k-byte rows (needs a TPU slice or GPUs)."""
+    return _paper(blt.paper_1b(), 8192, 2048)
+
+
+def blt_2b() -> BLTPretraining:
+    """2B latent parameters, 8k-byte rows (needs a TPU slice or GPUs)."""
+    return _paper(blt.paper_2b(), 8192, 2048)
+
+
+def blt_4b() -> BLTPretraining:
+    """4.1B latent parameters, 8k-byte rows (needs a TPU slice or GPUs)."""
+    return _paper(blt.paper_4b(), 8192, 2048)
+
+
+def blt_8b() -> BLTPretraining:
+    """6.4B latent parameters, 16k-byte rows, as the long run of the paper (needs a TPU pod)."""
+    return _paper(blt.paper_8b(), 16384, 1024)
+
+
+RUNS = (smoke, tiny, proof, proof_seeds, blt_400m, blt_1b, blt_2b, blt_4b, blt_8b)
+
+
+def get_config(run: str = "tiny") -> Experiment:
     """The config of a run, by its name."""
-    from blt_jax.train.configs import select_run
-
     return select_run(RUNS, run)

@@ -21,7 +21,9 @@ import numpy as np
 
 from blt_jax.data.loader import DataConfig, evaluation_config, open_documents
 from blt_jax.data.tokenizers import ByteTokenizer, encode_document
+from blt_jax.decoding.sampling import SamplingConfig
 from blt_jax.models import blt
+from blt_jax.models.blt_decode import BLTDecoder
 from blt_jax.models.blt_patching import (
     NgramEntropy,
     PatcherConfig,
@@ -30,6 +32,7 @@ from blt_jax.models.blt_patching import (
     reset_segments,
 )
 from blt_jax.recipes.patch_figure import patch_figure
+from blt_jax.recipes.samples import encode_prompts, generate_texts
 from blt_jax.train.configs import differences, flatten, from_text, to_text
 from blt_jax.train.pretraining import Context, Experiment, Fit, Pretraining
 
@@ -147,26 +150,19 @@ class BLTPretraining(Experiment):
         )
 
     def _generate(self, context, fit: Fit, entropy_fit: Fit | None, patcher) -> dict[str, float]:
-        from blt_jax.decoding.sampling import SamplingConfig
-        from blt_jax.recipes.samples import generate_texts
-        from blt_jax.models.blt_decode import BLTDecoder
-
-        capacity = max(len(prompt.encode()) for prompt in self.prompts) + 1 + self.sample_bytes
-        decoder = BLTDecoder(
-            model=fit.model,
-            params=fit.params,
-            entropy_model=entropy_fit and entropy_fit.model,
-            entropy_params=entropy_fit and entropy_fit.params,
-            patcher=patcher,
-            capacity=capacity,
+        tokenizer = ByteTokenizer()
+        _, lengths = encode_prompts(tokenizer, self.prompts)
+        decoder = BLTDecoder.create(
+            fit.model,
+            fit.params,
+            patcher,
+            int(lengths.max()) + self.sample_bytes,
+            entropy_fit and entropy_fit.model,
+            entropy_fit and entropy_fit.params,
         )
+        sampling = SamplingConfig(temperature=0.8)
         return generate_texts(
-            context,
-            decoder,
-            ByteTokenizer(),
-            self.prompts,
-            SamplingConfig(temperature=0.8),
-            self.sample_bytes,
+            context, decoder, tokenizer, self.prompts, sampling, self.sample_bytes
         )
 
 
@@ -314,9 +310,7 @@ def model_entropies(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _entropies_of_rows(model, params, tokens, segment_ids, reset_at_newline):
-    positions = jnp.broadcast_to(
-        jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
-    )
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     if reset_at_newline:
         segment_ids, positions = reset_segments(tokens, segment_ids)
     output = model.apply({"params": params}, tokens, segment_ids, positions)

@@ -7,9 +7,10 @@ import dataclasses
 
 from blt_jax.data.loader import open_documents
 from blt_jax.data.tokenizers import Tokenizer, train_bpe
+from blt_jax.decoding.decoder import TransformerDecoder
 from blt_jax.decoding.sampling import SamplingConfig
 from blt_jax.models.llama3 import Llama3Config
-from blt_jax.recipes.samples import generate_texts, transformer_decoder
+from blt_jax.recipes.samples import encode_prompts, generate_texts
 from blt_jax.train.pretraining import Context, Pretraining
 
 
@@ -44,8 +45,9 @@ class LanguageModel(Pretraining):
         fit = self.fit(context, tokenizer=tokenizer)
         numbers = dict(fit.metrics)
         if self.prompts and self.sample_tokens:
-            longest = max(len(tokenizer.encode(prompt, bos=True)) for prompt in self.prompts)
-            decoder = transformer_decoder(fit.model, fit.params, longest + self.sample_tokens)
+            _, lengths = encode_prompts(tokenizer, self.prompts)
+            capacity = int(lengths.max()) + self.sample_tokens
+            decoder = TransformerDecoder.create(fit.model, fit.params, capacity)
             numbers |= generate_texts(
                 context,
                 decoder,
