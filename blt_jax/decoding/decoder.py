@@ -1,0 +1,136 @@
+"""What can be decoded: prefill over prompts, then one token per row and step."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from blt_jax.layers import step
+from blt_jax.layers.cache import StepCache
+from blt_jax.layers.norms import rms_norm
+from blt_jax.models.llama3 import Llama3
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A model with its parameters, cache capacity and policies; a pytree that jit takes.
+
+    capacity: tokens a row may reach, prompt included; vocab_size: ids are 0..vocab_size-1. A cache
+    has the batch axis first in every leaf, `lengths` [B] (tokens read), `take_rows(indices)`, and
+    `counters()`, a dict of int32 [B] that a step increases.
+    """
+
+    capacity: int
+    vocab_size: int
+
+    def prepare(self) -> "Decoder":
+        """The decoder with weights in the layout that steps read: once before a loop."""
+
+    def prefill(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
+        """Logits [B, V] after the last token of each prompt (right-padded [B, T]) and the cache.
+
+        Raises TypeError for ids that are no integers; outside jit, ValueError for empty prompts,
+        ids outside the vocabulary and prompts beyond the capacity.
+        """
+
+    def step(self, tokens: jax.Array, cache: Any, active: jax.Array | None = None):
+        """Logits [B, V] after one more token [B], and the cache; rows not `active` keep theirs."""
+
+
+@flax.struct.dataclass
+class TransformerCache:
+    """Cache of a plain transformer: keys and values, a StepCache."""
+
+    key_values: Any
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [B]: tokens read."""
+        return self.key_values.lengths
+
+    def take_rows(self, indices) -> "TransformerCache":
+        """The cache of rows `indices` [B']."""
+        return jax.tree.map(lambda x: x[indices], self)
+
+    def counters(self) -> dict[str, jax.Array]:
+        return {"tokens": self.lengths}
+
+
+@flax.struct.dataclass
+class TransformerDecoder:
+    """Decoder of a plain transformer language model.
+
+    capacity: tokens a row may reach, prompt included; with a sliding window only its keys and
+    values are kept.
+    """
+
+    model: Llama3 = flax.struct.field(pytree_node=False)
+    params: Any
+    capacity: int = flax.struct.field(pytree_node=False)
+    weights: Any = None
+    """Tuple of step.BlockWeights, see `prepare`."""
+
+    @classmethod
+    def create(cls, model: Llama3, params: dict[str, Any], capacity: int) -> "TransformerDecoder":
+        """Raises ValueError for capacity < 1."""
+        if capacity < 1:
+            raise ValueError(f"capacity={capacity}: must be >= 1 token")
+        return cls(model=model, params=params, capacity=capacity)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    def prepare(self) -> "TransformerDecoder":
+        if self.weights is not None:
+            return self
+        layers = self.params["transformer"]["layers"]
+        return self.replace(weights=step.block_weights(layers, self.model.config.precision.dtype))
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], TransformerCache]:
+        """As Decoder.prefill, by the full forward pass."""
+        step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
+        lengths = lengths.astype(jnp.int32)
+        segment_ids = (jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
+        tokens = jnp.where(segment_ids > 0, tokens.astype(jnp.int32), 0)
+        output = self.model.apply(
+            {"params": self.params},
+            tokens,
+            segment_ids,
+            emit_key_values=True,
+            compute_logits=False,
+        )
+        key_values, slots = output.cache, step.window_slots(self._stack, self.capacity)
+        cache = StepCache.from_prefill(
+            key_values.key, key_values.value, lengths, slots, key_values.key.dtype
+        )
+        last_B1D = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
+        return self._logits(last_B1D[:, 0]), TransformerCache(cache)
+
+    def step(
+        self,
+        tokens: Int[Array, " B"],
+        cache: TransformerCache,
+        active: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], TransformerCache]:
+        """As Decoder.step. Outside jit, raises ValueError when a row has no room left."""
+        step.check_token_ids("tokens", tokens)
+        step.check_room(cache.lengths, 1, self.capacity)
+        params, dtype = self.params, self.model.config.precision.dtype
+        x = jnp.take(params["embed"]["table"], tokens, axis=0).astype(dtype)
+        layers = self.prepare().weights
+        x, key_values = step.transformer_step(self._stack, layers, x, cache.key_values, active)
+        x = rms_norm(x, params["norm"]["weight"], self._stack.norm_eps)
+        return self._logits(x), TransformerCache(key_values)
+
+    @property
+    def _stack(self):
+        return self.model.config.transformer
+
+    def _logits(self, x):
+        kernel = self.model.output_kernel(self.params).astype(x.dtype)
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)

@@ -1,0 +1,161 @@
+"""Choosing the next token, and the generation loop in one compiled program."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from blt_jax.decoding.decoder import Decoder
+from blt_jax.layers.step import check_prompts, check_room
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class SamplingConfig:
+    """How the next token is drawn; filters apply in the order of the fields.
+
+    temperature: divides the logits, 0 is greedy. top_k: only the k most probable tokens, 0 all.
+    top_p: only the smallest set of most probable tokens that holds this probability, 1 all.
+    min_p: only tokens with at least this share of the highest probability, 0 all. Tokens that tie
+    with the last one kept are kept too.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"SamplingConfig.temperature={self.temperature}: must be >= 0")
+        if self.top_k < 0:
+            raise ValueError(f"SamplingConfig.top_k={self.top_k}: must be >= 0 (0: all)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"SamplingConfig.top_p={self.top_p}: must be above 0 and <= 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"SamplingConfig.min_p={self.min_p}: must be 0..1")
+
+
+def filter_logits(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
+    """Logits over temperature, -inf where a filter excludes the token; temperature must be > 0."""
+    if config.temperature == 0:
+        raise ValueError("filter_logits: temperature=0 is greedy, nothing is drawn")
+    logits = logits.astype(jnp.float32) / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if config.top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p
+        smallest = jnp.min(
+            jnp.where(before < config.top_p, descending, jnp.inf), axis=-1, keepdims=True
+        )
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if config.min_p > 0:
+        p = jax.nn.softmax(logits, axis=-1)
+        highest = jnp.max(p, axis=-1, keepdims=True)
+        logits = jnp.where(p < config.min_p * highest, -jnp.inf, logits)
+    return logits
+
+
+def sample(logits: Float[Array, "B V"], key: jax.Array, config: SamplingConfig) -> Int[Array, " B"]:
+    """One token id per row. key: one key, or one per row [B]; unused when greedy."""
+    if config.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    keys = key if key.ndim else row_keys(key, logits.shape[0])
+    if keys.shape != logits.shape[:1]:
+        raise ValueError(f"key has shape {keys.shape}: must be () or {logits.shape[:1]}")
+    draw = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, config))
+    return draw.astype(jnp.int32)
+
+
+def row_keys(key: jax.Array, num_rows: int) -> jax.Array:
+    """Keys [num_rows] that do not depend on how many rows there are."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(num_rows))
+
+
+@flax.struct.dataclass
+class Generation:
+    """tokens: int32 [B, M], stop ids included, 0 after the end of a row; lengths: int32 [B],
+    tokens of each row; finished: bool [B], whether it ended with a stop id; stats: dict of
+    int32 [B], what the counters of the cache gained after the prompt; cache: the last one."""
+
+    tokens: Any
+    lengths: Any
+    finished: Any
+    stats: Any
+    cache: Any
+
+
+def generate(
+    decoder: Decoder,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    config: SamplingConfig | None = None,
+    max_new_tokens: int = 256,
+    stop_ids: tuple[int, ...] = (),
+    key: jax.Array | None = None,
+) -> Generation:
+    """Continues right-padded prompts until a stop id or max_new_tokens, in one compiled program.
+
+    Rows are independent: a row gives the same tokens alone as in a batch when it has the same
+    key. key: one key (folded with the row number) or one per row [B]; each token folds in its
+    step. The last token is not read by the model. Raises ValueError when prompts and new tokens
+    exceed the capacity, and as Decoder.prefill does.
+    """
+    config = SamplingConfig() if config is None else config
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be >= 1")
+    for stop in stop_ids:
+        if not 0 <= stop < decoder.vocab_size:
+            raise ValueError(f"stop_ids={stop_ids}: must be 0..{decoder.vocab_size - 1}")
+    check_prompts(tokens, lengths, decoder.capacity, decoder.vocab_size)
+    check_room(lengths, max_new_tokens, decoder.capacity)
+    if key is None:
+        if config.temperature > 0:
+            raise ValueError("key=None: needed unless temperature=0")
+        key = jax.random.key(0)
+    keys = key if key.ndim else row_keys(key, tokens.shape[0])
+    if keys.shape != tokens.shape[:1]:
+        raise ValueError(f"key has shape {keys.shape}: must be () or {tokens.shape[:1]}")
+    return _generate(decoder, tokens, lengths, keys, config, max_new_tokens, tuple(stop_ids))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _generate(decoder, tokens, lengths, keys, config, max_new_tokens, stop_ids):
+    decoder = decoder.prepare()
+    logits, cache = decoder.prefill(tokens, lengths)
+    before = cache.counters()
+
+    def choose(logits, index, active):
+        step_keys = keys
+        if config.temperature > 0:
+            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        token = sample(logits, step_keys, config)
+        stops = jnp.zeros(active.shape, bool)
+        for stop in stop_ids:
+            stops |= token == stop
+        return jnp.where(active, token, 0), stops & active
+
+    def body(state):
+        index, token, active, finished, result, counts, cache = state
+        logits, cache = decoder.step(token, cache, active)
+        token, stops = choose(logits, index, active)
+        result = result.at[:, index].set(token)
+        counts += active.astype(jnp.int32)
+        return index + 1, token, active & ~stops, finished | stops, result, counts, cache
+
+    B = tokens.shape[0]
+    active = jnp.ones((B,), bool)
+    token, stops = choose(logits, jnp.int32(0), active)
+    result = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(token)
+    counts = jnp.ones((B,), jnp.int32)
+    state = (jnp.int32(1), token, ~stops, stops, result, counts, cache)
+    state = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & jnp.any(s[2]), body, state)
+    _, _, _, finished, result, counts, cache = state
+    stats = {name: value - before[name] for name, value in cache.counters().items()}
+    return Generation(tokens=result, lengths=counts, finished=finished, stats=stats, cache=cache)

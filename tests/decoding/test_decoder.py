@@ -1,0 +1,95 @@
+"""Steps over a plain transformer equal its full forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blt_jax.decoding.decoder import TransformerDecoder
+from blt_jax.dist.sharding import init_params
+from blt_jax.layers import cache as caches
+from blt_jax.models import llama3
+
+
+def build(capacity=40, **fields):
+    config = llama3.small(vocab_size=30, num_layers=2, d_model=24, num_heads=4, **fields)
+    model = config.build()
+    return TransformerDecoder.create(model, init_params(model, jax.random.key(1)), capacity)
+
+
+@jax.jit
+def steps(decoder, tokens, lengths):
+    """Logits [B, N - 1, V] after each token from the second on, fed to the steps."""
+    logits, cache = decoder.prefill(tokens[:, :4], lengths)
+    decoder = decoder.prepare()
+
+    def body(cache, index):
+        token = tokens[jnp.arange(tokens.shape[0]), cache.lengths]
+        logits, cache = decoder.step(token, cache)
+        return cache, logits
+
+    cache, rest = jax.lax.scan(body, cache, jnp.arange(tokens.shape[1] - 4))
+    return cache, jnp.concatenate([logits[:, None], jnp.swapaxes(rest, 0, 1)], axis=1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_kv_heads": 2, "window": 6},
+        {"num_kv_heads": 1, "tied_embeddings": True},
+        {"window": 64},
+    ],
+)
+def test_prefill_and_steps_equal_the_full_pass(fields, monkeypatch):
+    monkeypatch.setattr(caches, "FIRST_CHUNK", 5)  # several chunks, some of them skipped
+    decoder = build(**fields)
+    tokens = jax.random.randint(jax.random.key(2), (3, 30), 0, 30)
+    lengths = jnp.asarray([1, 4, 2], jnp.int32)
+    full = jax.jit(decoder.model.apply)({"params": decoder.params}, tokens).logits
+    cache, logits = steps(decoder, tokens, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        expected = full[row, length - 1 : length + 26]
+        np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(cache.lengths, lengths + 26)
+
+
+def test_inactive_rows_keep_their_cache():
+    decoder = build(window=3)
+    tokens = jnp.asarray([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], jnp.int32)
+    _, cache = jax.jit(TransformerDecoder.prefill)(decoder, tokens, jnp.asarray([5, 5]))
+    step = jax.jit(TransformerDecoder.step)
+    _, after = step(decoder, jnp.asarray([11, 12]), cache, jnp.asarray([True, False]))
+    changed = [
+        (np.asarray(a) != np.asarray(b)).any(axis=tuple(range(1, a.ndim)))
+        for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True)
+    ]
+    assert all(row[0] for row in changed) and not any(row[1] for row in changed)
+
+
+def test_take_rows():
+    decoder = build()
+    tokens = jnp.asarray([[1, 2, 3], [6, 7, 8]], jnp.int32)
+    prefill, step = jax.jit(TransformerDecoder.prefill), jax.jit(TransformerDecoder.step)
+    _, cache = prefill(decoder, tokens, jnp.asarray([3, 2]))
+    logits, _ = step(decoder, jnp.asarray([4, 5]), cache)
+    swapped, _ = step(decoder, jnp.asarray([5, 4, 5]), cache.take_rows(jnp.asarray([1, 0, 1])))
+    np.testing.assert_allclose(swapped, logits[jnp.asarray([1, 0, 1])], atol=1e-6)
+
+
+def test_chunks_double_and_end_at_the_slots():
+    assert caches.chunk_sizes(100) == (100,)
+    assert caches.chunk_sizes(256) == (256,)
+    assert caches.chunk_sizes(512) == (256, 256)
+    assert caches.chunk_sizes(3000) == (256, 256, 512, 1024, 952)
+
+
+def test_a_full_row_is_an_error_outside_jit():
+    decoder = build(capacity=4)
+    _, cache = decoder.prefill(jnp.asarray([[1, 2, 3, 4]], jnp.int32), jnp.asarray([4]))
+    with pytest.raises(ValueError, match="exceed capacity=4"):
+        decoder.step(jnp.asarray([1]), cache)
+    with pytest.raises(ValueError, match="exceed capacity=4"):
+        decoder.prefill(jnp.ones((1, 5), jnp.int32), jnp.asarray([5]))
+    with pytest.raises(ValueError, match="capacity=0"):
+        build(capacity=0)

@@ -1,0 +1,183 @@
+"""Filters and draws against numpy, and the generation loop over a plain transformer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blt_jax.decoding.decoder import TransformerDecoder
+from blt_jax.decoding.sampling import SamplingConfig, filter_logits, generate, row_keys, sample
+from blt_jax.dist.sharding import init_params
+from blt_jax.models import llama3
+
+LOGITS = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
+
+
+def softmax(x):
+    p = np.exp(x - x.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def kept_by_numpy(logits, config):
+    """Sets of ids that the filters keep, row by row, by sorting."""
+    kept = []
+    for row in logits / config.temperature:
+        order = np.argsort(-row, kind="stable")
+        ids = order[: config.top_k] if config.top_k else order
+        p = softmax(row[ids])
+        count = len(ids) if config.top_p == 1 else np.searchsorted(np.cumsum(p), config.top_p) + 1
+        ids = ids[:count]
+        p = softmax(row[ids])
+        kept.append(set(ids[p >= config.min_p * p.max()].tolist()))
+    return kept
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 5},
+        {"top_k": 1},
+        {"top_k": 400},
+        {"top_p": 0.8},
+        {"top_p": 1e-6},
+        {"temperature": 2.0, "top_p": 0.95},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    ],
+)
+def test_filters_against_numpy(fields):
+    config = SamplingConfig(**fields)
+    filtered = np.asarray(filter_logits(jnp.asarray(LOGITS), config))
+    kept = [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in filtered]
+    assert kept == kept_by_numpy(LOGITS, config)
+    expected = LOGITS / config.temperature
+    np.testing.assert_allclose(
+        filtered[np.isfinite(filtered)], expected[np.isfinite(filtered)], rtol=1e-6
+    )
+
+
+def test_ties_are_kept():
+    logits = jnp.asarray([[2.0, 1.0, 1.0, 0.0]])
+    kept = np.isfinite(filter_logits(logits, SamplingConfig(top_k=2)))
+    np.testing.assert_array_equal(kept, [[True, True, True, False]])
+
+
+def test_draws_follow_the_distribution():
+    config = SamplingConfig(temperature=1.3, top_k=6, top_p=0.9)
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS[0]), (20_000, 50))
+    ids = np.asarray(sample(logits, jax.random.key(0), config))
+    expected = softmax(np.asarray(filter_logits(jnp.asarray(LOGITS[:1]), config))[0])
+    observed = np.bincount(ids, minlength=50) / len(ids)
+    np.testing.assert_allclose(observed, expected, atol=0.015)
+
+
+def test_greedy_takes_the_argmax():
+    ids = sample(jnp.asarray(LOGITS), jax.random.key(0), SamplingConfig(temperature=0.0))
+    np.testing.assert_array_equal(ids, LOGITS.argmax(-1))
+
+
+def test_rows_draw_by_their_own_keys():
+    config, keys = SamplingConfig(), row_keys(jax.random.key(3), 4)
+    together = sample(jnp.asarray(LOGITS), keys, config)
+    np.testing.assert_array_equal(together, sample(jnp.asarray(LOGITS), jax.random.key(3), config))
+    for row in range(4):
+        alone = sample(jnp.asarray(LOGITS[row : row + 1]), keys[row : row + 1], config)
+        assert int(alone[0]) == int(together[row])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"min_p": -0.1}, "min_p=-0.1"),
+    ],
+)
+def test_bad_settings(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**fields)
+
+
+# ------------------------------------------------------------------------ generation loop
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    config = llama3.small(vocab_size=50, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2)
+    model = config.build()
+    return TransformerDecoder.create(model, init_params(model, jax.random.key(0)), capacity=32)
+
+
+PROMPTS = jnp.asarray([[1, 7, 9, 0, 0], [1, 4, 5, 6, 8], [1, 0, 0, 0, 0]], jnp.int32)
+LENGTHS = jnp.asarray([3, 5, 1], jnp.int32)
+
+
+def test_greedy_generation_is_the_argmax_of_the_full_pass(decoder):
+    out = generate(decoder, PROMPTS, LENGTHS, SamplingConfig(temperature=0.0), max_new_tokens=12)
+    forward = jax.jit(lambda tokens: decoder.model.apply({"params": decoder.params}, tokens).logits)
+    for row, length in enumerate(LENGTHS.tolist()):
+        text = np.concatenate([PROMPTS[row, :length], out.tokens[row]])
+        logits = forward(jnp.asarray(text)[None])
+        expected = np.argmax(logits[0], -1)[length - 1 : -1]
+        np.testing.assert_array_equal(out.tokens[row], expected)
+    np.testing.assert_array_equal(out.lengths, [12, 12, 12])
+    np.testing.assert_array_equal(out.stats["tokens"], [11, 11, 11])
+
+
+def test_rows_are_independent_and_stop_alone(decoder):
+    config, keys = SamplingConfig(temperature=1.5), row_keys(jax.random.key(5), 3)
+    free = generate(decoder, PROMPTS, LENGTHS, config, 10, (), keys)
+    stop = int(free.tokens[0, 4])
+    out = generate(decoder, PROMPTS, LENGTHS, config, 10, (stop,), keys)
+    for row in range(3):
+        text = free.tokens[row].tolist()
+        end = text.index(stop) + 1 if stop in text else 10
+        assert out.tokens[row].tolist() == text[:end] + [0] * (10 - end)
+        assert int(out.lengths[row]) == end
+        assert bool(out.finished[row]) == (stop in text)
+        rows = slice(row, row + 1)
+        alone = generate(decoder, PROMPTS[rows], LENGTHS[rows], config, 10, (stop,), keys[rows])
+        np.testing.assert_array_equal(alone.tokens[0], out.tokens[row])
+
+
+def test_loop_ends_when_all_rows_are_finished(decoder):
+    greedy = SamplingConfig(temperature=0.0)
+    first = int(generate(decoder, PROMPTS[:1], LENGTHS[:1], greedy, 1).tokens[0, 0])
+    out = generate(decoder, PROMPTS[:1], LENGTHS[:1], greedy, 20, (first,))
+    assert int(out.lengths[0]) == 1 and bool(out.finished[0])
+    assert int(out.stats["tokens"][0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 28}, "exceed capacity=32"),
+        ({"stop_ids": (50,)}, "stop_ids"),
+        ({"lengths": jnp.asarray([0, 1, 1])}, "every prompt needs"),
+        ({"lengths": jnp.asarray([6, 1, 1])}, "every prompt needs"),
+        ({"tokens": PROMPTS.at[1, 2].set(50)}, "must be 0..49"),
+        ({"tokens": PROMPTS[:, :0]}, "tokens is empty"),
+        ({"key": jax.random.split(jax.random.key(0), 2)}, "key has shape"),
+        ({"config": SamplingConfig()}, "key=None"),
+    ],
+)
+def test_bad_requests(decoder, change, message):
+    request = {
+        "tokens": PROMPTS,
+        "lengths": LENGTHS,
+        "config": SamplingConfig(temperature=0.0),
+        "max_new_tokens": 4,
+    }
+    with pytest.raises(ValueError, match=message):
+        generate(decoder, **(request | change))
+
+
+def test_float_ids_are_refused(decoder):
+    with pytest.raises(TypeError):
+        generate(decoder, PROMPTS.astype(jnp.float32), LENGTHS, SamplingConfig(temperature=0.0))
