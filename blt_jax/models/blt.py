@@ -98,9 +98,7 @@ VOCAB_SIZE = blt_patching.VOCAB_SIZE
 
 
 def check_inputs(
-    tokens: Int[Array, "B N"],
-    starts: Bool[Array, "B M"] | None = None,
-    segment_ids: Int[Array, "B N"] | None = None,
+    tokens: Array, starts: Array | None = None, segment_ids: Array | None = None
 ) -> None:
     """Raises ValueError for inputs that would give a silently wrong result.
 
