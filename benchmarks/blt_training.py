@@ -143,7 +143,10 @@ def main(argv: list[str]) -> None:
     rows = []
     for num_bytes in sizes:
         tokens = tokens_of(num_bytes)
-        regular, variable = blt_peer.strided_lengths(num_bytes), blt_peer.variable_lengths(num_bytes)
+        regular, variable = (
+            blt_peer.strided_lengths(num_bytes),
+            blt_peer.variable_lengths(num_bytes),
+        )
         sides = {
             "ours": our_train_step(tokens, regular),
             "ours_variable": our_train_step(tokens, variable),

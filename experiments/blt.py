@@ -24,10 +24,17 @@ from blt_jax.train.optimizer import Decay, Schedule
 from blt_jax.train.pretraining import EvaluationConfig, Experiment, Pretraining
 
 
-def stack(layers: int, width: int, heads: int, window: int = 0) -> TransformerConfig:
+def stack(
+    layers: int, width: int, heads: int, window: int = 0, mlp_dim: int = 0
+) -> TransformerConfig:
     """A small transformer, unrolled: faster on CPU than a scan over layers."""
     return TransformerConfig(
-        num_layers=layers, d_model=width, num_heads=heads, window=window, scan_layers=False
+        num_layers=layers,
+        d_model=width,
+        num_heads=heads,
+        mlp_dim=mlp_dim,
+        window=window,
+        scan_layers=False,
     )
 
 
@@ -103,24 +110,26 @@ def tiny() -> BLTPretraining:
 
 def _proof(patcher: PatcherConfig, ngrams: bool = True, match_space: bool = False):
     """One side of the proof: every run sees the same bytes in the same order."""
-    sizes, num_bytes, length = (3, 4, 5), 6_000_000, 256
+    num_bytes, length, patches = 6_000_000, 256, 96
+    local = {"heads": 2, "window": 64, "mlp_dim": 128}
+    kind = blt.NgramKind.HASH if ngrams else blt.NgramKind.NONE
     model = blt.BLTConfig(
-        local_encoder=stack(1, 64, 4, window=64),
-        latent=stack(3, 128, 4),
-        local_decoder=stack(2, 64, 4, window=64),
-        ngrams=blt.NgramConfig(
-            kind=blt.NgramKind.HASH if ngrams else blt.NgramKind.NONE, sizes=sizes, vocab_size=4001
-        ),
-        max_patches=length // 2,
+        local_encoder=stack(1, 64, **local),
+        latent=stack(3, 128, heads=2, mlp_dim=256),
+        local_decoder=stack(2, 64, **local),
+        ngrams=blt.NgramConfig(kind=kind, sizes=(3, 4, 5), vocab_size=4001),
+        max_patches=patches,
     )
+    data = rows(num_bytes, length, 8, patches)
+    held_out = evaluation_config(rows(250_000, length, 8, patches))
     return BLTPretraining(
-        entropy_model=entropy_model(2, 96, 500, rows(num_bytes, 256, 16)),
+        entropy_model=entropy_model(2, 96, 600, rows(num_bytes, length, 8)),
         patcher=patcher,
         match_space=match_space,
         blt=Pretraining(
             model=model,
-            data=rows(num_bytes, length, 16, max_patches=length // 2),
-            evaluation=EvaluationConfig(data=_held_out(length, length // 2)),
+            data=data,
+            evaluation=EvaluationConfig(data=held_out),
             schedule=Schedule(learning_rate=3e-3, warmup_steps=100, final_ratio=0.05),
             steps=1500,
             logging=LoggingConfig(every=50),
@@ -129,12 +138,8 @@ def _proof(patcher: PatcherConfig, ngrams: bool = True, match_space: bool = Fals
     )
 
 
-def _held_out(sequence_length: int, max_patches: int) -> DataConfig:
-    return evaluation_config(rows(250_000, sequence_length, 16, max_patches=max_patches))
-
-
 def proof() -> Comparison:
-    """Entropy against strided and space patches at equal sizes; with and without n-grams (15 min)."""
+    """Entropy against strided and space patches of equal size; n-grams or none (15 min)."""
     strided = PatcherConfig(kind=PatcherKind.STRIDED, stride=4)
     entropy = PatcherConfig(target_patch_size=4.0)
     return Comparison(
