@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 from blt_jax.decoding.decoder import Decoder
 from blt_jax.layers.step import check_prompts, check_room
@@ -93,8 +95,8 @@ class Generation:
 
 def generate(
     decoder: Decoder,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    tokens: Shaped[Array | np.ndarray, "B T"],
+    lengths: Shaped[Array | np.ndarray, " B"],
     config: SamplingConfig | None = None,
     max_new_tokens: int = 256,
     stop_ids: tuple[int, ...] = (),
@@ -107,12 +109,39 @@ def generate(
     step. The last token is not read by the model. Raises ValueError when prompts and new tokens
     exceed the capacity, and as Decoder.prefill does.
     """
+    arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
+    return _generate(decoder, *arguments)
+
+
+def compile_generation(
+    decoder: Decoder,
+    tokens: Shaped[Array | np.ndarray, "B T"],
+    lengths: Shaped[Array | np.ndarray, " B"],
+    config: SamplingConfig | None = None,
+    max_new_tokens: int = 256,
+    stop_ids: tuple[int, ...] = (),
+    key: jax.Array | None = None,
+) -> Callable[..., Generation]:
+    """`generate` compiled for these shapes and settings: a function of (tokens, lengths, key)."""
+    arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
+    compiled = _generate.lower(decoder, *arguments).compile()
+
+    def run(tokens, lengths, key=None) -> Generation:
+        checked = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
+        return compiled(decoder, *checked[:3])
+
+    return run
+
+
+def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key):
+    """The arguments of `_generate` after the decoder."""
     config = SamplingConfig() if config is None else config
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be >= 1")
     for stop in stop_ids:
         if not 0 <= stop < decoder.vocab_size:
             raise ValueError(f"stop_ids={stop_ids}: must be 0..{decoder.vocab_size - 1}")
+    tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     check_prompts(tokens, lengths, decoder.capacity, decoder.vocab_size)
     check_room(lengths, max_new_tokens, decoder.capacity)
     if key is None:
@@ -122,7 +151,7 @@ def generate(
     keys = key if key.ndim else row_keys(key, tokens.shape[0])
     if keys.shape != tokens.shape[:1]:
         raise ValueError(f"key has shape {keys.shape}: must be () or {tokens.shape[:1]}")
-    return _generate(decoder, tokens, lengths, keys, config, max_new_tokens, tuple(stop_ids))
+    return tokens, lengths, keys, config, max_new_tokens, tuple(stop_ids)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
