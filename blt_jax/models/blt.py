@@ -11,11 +11,11 @@ G kv heads (in the latent: h_G, the width), H heads, K head width, L layers, V =
 Section 2 (patching), 4.4 (entropy reset)            blt_patching.py
 Section 2.3, Eq. 1 (entropy model)                   blt_entropy.py
 Section 3.1 (latent global transformer)              BLT.latent, patch_layout
-Section 3.2.1, Eq. 2-4 (hash n-gram embeddings)      NgramEmbedding, blt_ngrams.py
-Section 3.2.2, Eq. 5-8 (encoder cross-attention)     EncoderCrossLayer, pool, BLT.pool_patches
-Section 3.3, Eq. 9-12 (local decoder)                DecoderLayer, BLT.decode
-Table 10 (sizes), Eq. 13-17 (FLOPs per byte)         blt_config.py
-Section 4.5, Eq. 18 (bits per byte)                  BLT.loss (nats and bytes as sums)
+Section 3.2.1 (hash n-gram embeddings)               NgramEmbedding, blt_ngrams.py
+Section 3.2.2, Eq. 6, 7 (encoder cross-attention)    EncoderCrossLayer, pool, BLT.pool_patches
+Section 3.3 (local decoder)                          DecoderLayer, BLT.decode
+Model sizes, Eq. 13-17 (FLOPs per byte)              blt_config.py
+Eq. 18 (bits per byte)                               BLT.loss (nats and bytes as sums)
 Generation                                           blt_decode.py
 
 Departures and choices. Defaults follow the paper, `released_1b` the published code and weights,
@@ -23,8 +23,9 @@ which double the residual of both cross-attentions, hash the oldest byte with po
 divide the summed embeddings, and pad short n-grams. Keys and values come from each layer's output
 (the paper's text), not its input (Eq. 7): `kv_from`. A patch belongs to the document of its first
 byte, and documents are isolated everywhere by segment_ids. The 400M model has 12 cross-attention
-heads, since the 10 that are reported do not divide its width 768. Byte-ifying Llama 3
-(section 6.2) and the robustness suites (section 6.1) are not in this file.
+heads, since 10 do not divide its width 768. The projection between encoder and latent transformer
+is there exactly when their widths differ. Byte-ifying Llama 3 and the robustness suites are not in
+this file.
 """
 
 from typing import Any, NamedTuple
@@ -216,7 +217,7 @@ class Projection(nn.Module):
 
 
 class NgramEmbedding(nn.Module):
-    """Adds the embeddings of the n-grams that end at each byte (Eq. 2)."""
+    """Adds the embeddings of the n-grams that end at each byte."""
 
     config: NgramConfig
     d_model: int
@@ -298,7 +299,7 @@ def _scan_layers(layer: type[nn.Module], config: TransformerConfig, length: int,
 
 
 class EncoderCrossLayer(nn.Module):
-    """Patches attend to their bytes (Eq. 5-8)."""
+    """Patches attend to their bytes (section 3.2.2)."""
 
     config: BLTConfig
 
@@ -335,7 +336,7 @@ def _residual(x, config: BLTConfig):
 
 
 class PatchEncoder(nn.Module):
-    """Patch vectors from bytes: pooled, projected, then refined by cross-attention (Eq. 5-8)."""
+    """Patch vectors from bytes: pooled, projected, then refined by cross-attention (Eq. 6, 7)."""
 
     config: BLTConfig
     sharding: ShardingRules
@@ -386,7 +387,7 @@ class DecoderLayer(nn.Module):
 
 
 def _attend_context(config: BLTConfig, x, layer, key_values, context, layout):
-    """Bytes attend to the vectors of their last complete patch (Eq. 9-11), with residual."""
+    """Bytes attend to the vectors of their last complete patch (section 3.3), with residual."""
     ids, segment_ids, patch_segment_ids = layout
 
     def attend(q, key, value):
@@ -704,7 +705,7 @@ class BLT(Model):
     # ------------------------------------------------------------------------------- loss
 
     def loss(self, params, batch: dict[str, jax.Array], key: jax.Array | None = None) -> LossSums:
-        """Cross-entropy of the counted targets (section 4.5).
+        """Cross-entropy of the counted targets (nats and bytes of Eq. 18).
 
         Targets whose last complete patch lies beyond max_patches are left out and counted in
         `dropped_targets`; `patches` and `patched_bytes` are those of the whole rows.

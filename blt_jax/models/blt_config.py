@@ -1,7 +1,7 @@
 """Configuration of the Byte Latent Transformer (arXiv 2412.09871) and its FLOPs per byte.
 
-Table 10 (sizes)                       paper_400m ... paper_8b, block_parameters
-Section 4.5, Eq. 13-17 (FLOPs)         paper_flops_per_byte
+Model sizes                            paper_400m ... paper_8b, block_parameters
+Eq. 13-17 (FLOPs per byte)             paper_flops_per_byte
 Released code                          released_1b
 
 Options default to the paper's choice; every one is a field of BLTConfig.
@@ -186,27 +186,27 @@ def _paper(encoder, latent, decoder, cross_attn_k, max_patches=4096) -> BLTConfi
 
 
 def paper_400m() -> BLTConfig:
-    """Table 10: 470M in the latent transformer."""
+    """The paper's size with 470M in the latent transformer."""
     return _paper((1, 12, 768), (24, 10, 1280), (7, 12, 768), cross_attn_k=2)
 
 
 def paper_1b() -> BLTConfig:
-    """Table 10: 1B in the latent transformer."""
+    """The paper's size with 1B in the latent transformer."""
     return _paper((1, 16, 1024), (25, 16, 2048), (9, 16, 1024), cross_attn_k=2)
 
 
 def paper_2b() -> BLTConfig:
-    """Table 10: 2B in the latent transformer."""
+    """The paper's size with 2B in the latent transformer."""
     return _paper((1, 16, 1024), (26, 20, 2560), (9, 16, 1024), cross_attn_k=3)
 
 
 def paper_4b() -> BLTConfig:
-    """Table 10: 4.1B in the latent transformer."""
+    """The paper's size with 4.1B in the latent transformer."""
     return _paper((1, 16, 1024), (36, 24, 3072), (9, 16, 1024), cross_attn_k=3)
 
 
 def paper_8b() -> BLTConfig:
-    """Table 10: 6.4B in the latent transformer."""
+    """The paper's size with 6.4B in the latent transformer."""
     return _paper((1, 20, 1280), (32, 32, 4096), (6, 20, 1280), cross_attn_k=4)
 
 

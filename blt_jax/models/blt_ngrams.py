@@ -3,7 +3,7 @@
 Every byte's embedding is enriched by one embedding for each n-gram that ends at it:
 e_i = (x_i + sum over functions f and sizes n of E_{f,n}[id(g_{i,n})]) / (number of sizes + 1).
 
-Eq. 3, 4 (rolling polynomial hash)   hash_ids; hash_ids_host is the int64 form used as its oracle
+Rolling polynomial hash              hash_ids; hash_ids_host is the int64 form used as its oracle
 Appendix (most frequent n-grams)     build_ngram_tables, NgramTables.lookup
 Paper and release differ in the order of the powers, the division, the n-grams that do not fit
 before the start of a text, and whether n-grams reach into the document before: NgramConfig.
