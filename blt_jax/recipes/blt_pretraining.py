@@ -45,6 +45,8 @@ class BLTPretraining(Experiment):
     ngram_order: n > 0 takes the entropies from byte n-gram counts instead of a trained model.
     match_space: calibrate to the mean patch size that space patching has on the same text,
     instead of the patcher's target_patch_size. calibration_bytes: training text for it.
+    precomputed_bytes: text of each split whose entropies are computed before training, in large
+    batches; those of further documents are computed when they are read.
     prompts, sample_bytes: what is generated at the end; figure_bytes: text in the patch figure.
     """
 
@@ -54,6 +56,7 @@ class BLTPretraining(Experiment):
     ngram_order: int = 0
     match_space: bool = False
     calibration_bytes: int = 400_000
+    precomputed_bytes: int = 64_000_000
     prompts: tuple[str, ...] = ("def ", "import ", "class ")
     sample_bytes: int = 200
     figure_bytes: int = 320
@@ -76,24 +79,26 @@ class BLTPretraining(Experiment):
             )
         if self.patcher.kind is PatcherKind.TOPK:
             raise ValueError("BLTPretraining.patcher: TOPK is not causal, for analysis only")
-        for name in ("ngram_order", "calibration_bytes", "sample_bytes", "figure_bytes"):
+        for name in (
+            "ngram_order",
+            "calibration_bytes",
+            "precomputed_bytes",
+            "sample_bytes",
+            "figure_bytes",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"BLTPretraining.{name}={getattr(self, name)}: must be >= 0")
 
     def run(self, context: Context) -> dict[str, float]:
         """Trains both models; numbers of the BLT, and of the entropy model under its own prefix."""
-        numbers: dict[str, float] = {}
         sample = take_bytes(tokenized_documents(self.blt.data), self.calibration_bytes)
         entropy_fit, entropies = None, None
         if self.patcher.needs_entropies:
             entropy_fit, entropies = self._entropies(context)
-            if entropy_fit is not None:
-                numbers |= {f"entropy_model_{k}": v for k, v in entropy_fit.metrics.items()}
-            entropies.fill(
-                [*tokenized_documents(self.blt.data), *tokenized_documents(self.held_out)]
-            )
+            for data in (self.held_out, self.blt.data):
+                entropies.fill(take_bytes(tokenized_documents(data), self.precomputed_bytes))
         patcher = self._calibrated(sample, entropies)
-        numbers |= _patch_sizes(patcher, sample, entropies)
+        sizes = _patch_sizes(patcher, sample, entropies)
         (context.workdir / "patcher.json").write_text(patcher_to_json(patcher))
 
         def starts(index: int, tokens: np.ndarray) -> np.ndarray:
@@ -101,10 +106,13 @@ class BLTPretraining(Experiment):
             return patcher.document_starts(tokens, entropies and entropies(tokens))
 
         fit = self.blt.fit(context, patcher=starts)
-        numbers |= fit.metrics
+        numbers = {**fit.metrics, **sizes}
+        numbers["held_out_patch_size"] = numbers.pop("patched_bytes") / numbers.pop("patches")
         self._figure(context, patcher, entropies)
         if self.prompts and self.sample_bytes and not (entropies and entropy_fit is None):
             numbers |= self._generate(context, fit, entropy_fit, patcher)
+        if entropy_fit is not None:
+            numbers |= {f"entropy_model_{k}": v for k, v in entropy_fit.metrics.items()}
         return numbers
 
     @property
@@ -133,8 +141,10 @@ class BLTPretraining(Experiment):
         return patcher
 
     def _figure(self, context: Context, patcher: PatcherConfig, entropies) -> None:
-        tokens = next(tokenized_documents(self.held_out))
-        low = min(200, len(tokens) // 2)
+        documents = list(tokenized_documents(self.held_out))
+        wanted = 2 * self.figure_bytes + 2
+        tokens = next((d for d in documents if len(d) >= wanted), max(documents, key=len))
+        low = max(1, (len(tokens) - self.figure_bytes) // 2)
         shown = slice(low, min(low + self.figure_bytes, len(tokens) - 1))
         values = entropies and entropies(tokens)
         starts = patcher.document_starts(tokens, values)
