@@ -50,5 +50,6 @@ def generate_texts(
         print(text, flush=True)
     numbers = {"generated_bytes_per_second": num_bytes / seconds}
     for name, counts in result.stats.items():
-        numbers[f"generated_{name}_per_byte"] = float(np.sum(counts)) / max(num_bytes, 1)
+        if name != "bytes":
+            numbers[f"generated_{name}_per_byte"] = float(np.sum(counts)) / max(num_bytes, 1)
     return numbers
