@@ -14,9 +14,10 @@ import dataclasses
 from blt_jax.data.loader import DataConfig, evaluation_config
 from blt_jax.data.sources import SourceConfig
 from blt_jax.layers.transformer import Remat, TransformerConfig
-from blt_jax.models import blt
+from blt_jax.models import blt, llama3
 from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
 from blt_jax.recipes.blt_pretraining import BLTPretraining
+from blt_jax.recipes.language_model import LanguageModel
 from blt_jax.train.comparison import Comparison
 from blt_jax.train.configs import select_run
 from blt_jax.train.loop import LoggingConfig
@@ -46,6 +47,19 @@ def rows(num_bytes: int, sequence_length: int, batch_size: int, max_patches: int
         batch_size=batch_size,
         max_patches=max_patches,
     )
+
+
+def held_out(data: DataConfig) -> EvaluationConfig:
+    """About 200 kB of the validation split, in the same rows."""
+    return EvaluationConfig(
+        data=evaluation_config(data, sources=(SourceConfig(max_bytes=200_000),))
+    )
+
+
+def unrolled(config: llama3.Llama3Config) -> llama3.Llama3Config:
+    """The same model without the scan over layers."""
+    transformer = dataclasses.replace(config.transformer, scan_layers=False)
+    return dataclasses.replace(config, transformer=transformer)
 
 
 def entropy_model(layers: int, width: int, steps: int, data: DataConfig) -> Pretraining:
@@ -86,25 +100,73 @@ def smoke() -> BLTPretraining:
     )
 
 
-def tiny() -> BLTPretraining:
-    """Entropy model, threshold for 4.5 bytes per patch, BLT on Python source (10 min)."""
-    data = rows(4_000_000, 1024, 8)
-    model = blt.BLTConfig(
+TINY_BYTES, TINY_LENGTH, TINY_ROWS, TINY_STEPS = 4_000_000, 1024, 8, 500
+TINY_SCHEDULE = Schedule(learning_rate=2e-3, warmup_steps=50)
+
+
+def _tiny_blt() -> blt.BLTConfig:
+    return blt.BLTConfig(
         local_encoder=stack(1, 96, 4, window=256),
         latent=stack(4, 192, 4),
         local_decoder=stack(3, 96, 4, window=256),
         ngrams=blt.NgramConfig(vocab_size=8009),
         max_patches=256,
     )
+
+
+def tiny() -> BLTPretraining:
+    """Entropy model, threshold for 4.5 bytes per patch, BLT on Python source (10 min)."""
+    data = rows(TINY_BYTES, TINY_LENGTH, TINY_ROWS, max_patches=256)
+    short = rows(TINY_BYTES, 512, TINY_ROWS)
     return BLTPretraining(
-        entropy_model=entropy_model(2, 96, 400, dataclasses.replace(data, sequence_length=512)),
+        entropy_model=entropy_model(2, 96, 400, short),
         patcher=PatcherConfig(target_patch_size=4.5),
         blt=Pretraining(
-            model=model,
-            data=dataclasses.replace(data, max_patches=256),
-            schedule=Schedule(learning_rate=2e-3, warmup_steps=50),
-            steps=500,
+            model=_tiny_blt(),
+            data=data,
+            evaluation=held_out(data),
+            schedule=TINY_SCHEDULE,
+            steps=TINY_STEPS,
         ),
+    )
+
+
+BPE_VOCABULARY, BPE_BYTES_PER_TOKEN = 4096, 3.62
+"""Bytes per token: measured on the held-out text with a vocabulary trained on TINY_BYTES."""
+
+
+def byte_llama() -> llama3.Llama3Config:
+    """As many FLOPs per byte as the BLT of `tiny`."""
+    return unrolled(llama3.byte_level(num_layers=3, d_model=128, num_heads=4))
+
+
+def bpe_llama() -> llama3.Llama3Config:
+    """As many FLOPs per byte as the BLT of `tiny`, at BPE_BYTES_PER_TOKEN."""
+    config = llama3.small(vocab_size=BPE_VOCABULARY, num_layers=4, d_model=240, num_heads=4)
+    return unrolled(config)
+
+
+def _language_model(model: llama3.Llama3Config, data: DataConfig, bpe: int = 0) -> LanguageModel:
+    return LanguageModel(
+        model=model,
+        data=data,
+        evaluation=held_out(data),
+        schedule=TINY_SCHEDULE,
+        steps=TINY_STEPS,
+        bpe_vocab_size=bpe,
+    )
+
+
+def baseline() -> Comparison:
+    """The BLT of `tiny` beside a byte and a BPE Llama of equal FLOPs and bytes (30 min)."""
+    tokens = round(TINY_LENGTH / BPE_BYTES_PER_TOKEN)
+    byte_rows, bpe_rows = (rows(TINY_BYTES, n, TINY_ROWS) for n in (TINY_LENGTH, tokens))
+    return Comparison(
+        runs=(
+            ("blt", tiny()),
+            ("byte_llama", _language_model(byte_llama(), byte_rows)),
+            ("bpe_llama", _language_model(bpe_llama(), bpe_rows, BPE_VOCABULARY)),
+        )
     )
 
 
@@ -121,7 +183,6 @@ def _proof(patcher: PatcherConfig, ngrams: bool = True, match_space: bool = Fals
         max_patches=patches,
     )
     data = rows(num_bytes, length, 8, patches)
-    held_out = evaluation_config(rows(250_000, length, 8, patches))
     return BLTPretraining(
         entropy_model=entropy_model(2, 96, 600, rows(num_bytes, length, 8)),
         patcher=patcher,
@@ -129,7 +190,7 @@ def _proof(patcher: PatcherConfig, ngrams: bool = True, match_space: bool = Fals
         blt=Pretraining(
             model=model,
             data=data,
-            evaluation=EvaluationConfig(data=held_out),
+            evaluation=held_out(data),
             schedule=Schedule(learning_rate=3e-3, warmup_steps=100, final_ratio=0.05),
             steps=1500,
             logging=LoggingConfig(every=50),
@@ -210,7 +271,7 @@ def blt_8b() -> BLTPretraining:
     return _paper(blt.paper_8b(), 16384, 1024)
 
 
-RUNS = (smoke, tiny, proof, proof_seeds, blt_400m, blt_1b, blt_2b, blt_4b, blt_8b)
+RUNS = (smoke, tiny, proof, proof_seeds, baseline, blt_400m, blt_1b, blt_2b, blt_4b, blt_8b)
 
 
 def get_config(run: str = "tiny") -> Experiment:

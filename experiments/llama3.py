@@ -62,7 +62,7 @@ def tiny() -> LanguageModel:
     return LanguageModel(
         model=byte_model(4, 128),
         data=rows(4_000_000, 512, 8),
-        evaluation=EvaluationConfig(batches=60),
+        evaluation=EvaluationConfig(batches=50),
         schedule=Schedule(learning_rate=2e-3, warmup_steps=50, decay=Decay.CONSTANT),
         phases=(Phase(steps=600), annealing_phase(150)),
         averaging=AveragingConfig(kind=Averaging.UNIFORM, every=10),
@@ -74,7 +74,7 @@ def _last_fifth(anneal: bool) -> LanguageModel:
     return LanguageModel(
         model=byte_model(2, 96),
         data=rows(4_000_000, 256, 16),
-        evaluation=EvaluationConfig(batches=60),
+        evaluation=EvaluationConfig(batches=50),
         schedule=Schedule(learning_rate=3e-3, warmup_steps=50, decay=Decay.CONSTANT),
         phases=(Phase(steps=800), last),
         averaging=AveragingConfig(kind=Averaging.UNIFORM, every=5),

@@ -31,3 +31,13 @@ def test_config_equals_its_kept_text(path, run):
 
 def test_no_kept_text_is_left_over():
     assert {file.stem for file in GOLDEN.glob("*.txt")} == {param.id for param in RUNS}
+
+
+def test_baselines_have_the_flops_of_the_tiny_blt():
+    runs = load_experiment_file(ROOT / "experiments" / "blt.py")
+    length, ratio = runs.TINY_LENGTH, runs.BPE_BYTES_PER_TOKEN
+    flops = runs.tiny().blt.model.build().flops_per_token(length)
+    by_byte = runs.byte_llama().build().flops_per_token(length)
+    by_token = runs.bpe_llama().build().flops_per_token(round(length / ratio))
+    assert by_byte == pytest.approx(flops, rel=0.02)
+    assert by_token / ratio == pytest.approx(flops, rel=0.02)
