@@ -142,9 +142,11 @@ class SelfAttention(nn.Module):
         wo = kernel("out", (H, K, d_model), ("heads", "head_dim", "embed"), H * K)
 
         names = ("batch", "length", "heads_act", None)
+        # Keys and values follow their weights: with more devices than kv heads both replicate.
+        kv_names = ("batch", "length", "kv_heads", None)
         q = checkpoint_name(constrain(project(x, wq), names, self.sharding), "qkv")
-        k = checkpoint_name(constrain(project(x, wk), names, self.sharding), "qkv")
-        v = checkpoint_name(constrain(project(x, wv), names, self.sharding), "qkv")
+        k = checkpoint_name(constrain(project(x, wk), kv_names, self.sharding), "qkv")
+        v = checkpoint_name(constrain(project(x, wv), kv_names, self.sharding), "qkv")
         q, k = rotate(q, rope, config.rope.layout), rotate(k, rope, config.rope.layout)
         if cache is None:
             out = causal_attention(q, k, v, segment_ids, window=config.window)

@@ -1,6 +1,7 @@
 """Llama 3 against LlamaForCausalLM of transformers: tiny random weights, float32, eager."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +63,17 @@ def random_ids(vocab_size=257, shape=(2, 40), seed=0):
     return np.random.default_rng(seed).integers(0, vocab_size, shape).astype(np.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, ids):
+    return model.apply({"params": params}, ids).logits
+
+
 def test_logits(pair):
     theirs, model, params, _ = pair
     ids = random_ids()
     with torch.no_grad():
         expected = theirs(torch.tensor(ids, dtype=torch.long)).logits.numpy()
-    logits = model.apply({"params": params}, jnp.asarray(ids)).logits
+    logits = apply(model, params, jnp.asarray(ids))
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
@@ -101,7 +107,8 @@ def test_cached_decoding(pair):
     with torch.no_grad():
         expected = theirs(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     tokens = jnp.asarray(ids)
-    logits, cache = llama3.prefill(model, params, tokens[:, :16], jnp.array([16, 16]), 24)
+    prefill = jax.jit(lambda tokens: llama3.prefill(model, params, tokens, jnp.array([16, 16]), 24))
+    logits, cache = prefill(tokens[:, :16])
     step = jax.jit(lambda token, cache: llama3.decode_step(model, params, token, cache))
     got = [logits]
     for t in range(16, 23):
@@ -131,8 +138,8 @@ def test_interleaved_layout_gives_the_same_logits(pair):
     assert swapped[0] == other
     ids = jnp.asarray(random_ids())
     np.testing.assert_allclose(
-        other.apply({"params": swapped[1]}, ids).logits,
-        model.apply({"params": params}, ids).logits,
+        apply(other, swapped[1], ids),
+        apply(model, params, ids),
         atol=1e-5,
     )
 
