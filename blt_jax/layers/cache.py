@@ -75,10 +75,12 @@ FIRST_CHUNK = 256
 
 
 def chunk_sizes(slots: int) -> tuple[int, ...]:
-    """Sizes of the chunks that make up `slots`: each as large as all before it together."""
+    """Sizes of the chunks that make up `slots`: each about as large as all before it together."""
     sizes = []
     while (used := sum(sizes)) < slots:
-        sizes.append(min(max(used, FIRST_CHUNK), slots - used))
+        size = max(used, FIRST_CHUNK)
+        rest = slots - used - size
+        sizes.append(size if 4 * rest > size else slots - used)
     return tuple(sizes)
 
 

@@ -81,7 +81,9 @@ def test_chunks_double_and_end_at_the_slots():
     assert caches.chunk_sizes(100) == (100,)
     assert caches.chunk_sizes(256) == (256,)
     assert caches.chunk_sizes(512) == (256, 256)
+    assert caches.chunk_sizes(257) == (257,)
     assert caches.chunk_sizes(3000) == (256, 256, 512, 1024, 952)
+    assert caches.chunk_sizes(8192) == (256, 256, 512, 1024, 2048, 4096)
 
 
 def test_a_full_row_is_an_error_outside_jit():

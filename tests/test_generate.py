@@ -1,0 +1,112 @@
+"""The program that samples from a folder on disk."""
+
+import builtins
+
+import jax
+import numpy as np
+import pytest
+
+from blt_jax import generate
+from blt_jax.decoding.generator import format_statistics, statistics
+from blt_jax.dist.sharding import init_params
+from blt_jax.interop import model_files
+from blt_jax.layers.transformer import TransformerConfig
+from blt_jax.models import blt, llama3
+from blt_jax.models.blt_patching import PatcherConfig
+
+
+def stack(window=0):
+    return TransformerConfig(num_layers=1, d_model=16, num_heads=2, mlp_dim=32, window=window)
+
+
+def made(config):
+    model = config.build()
+    return model, init_params(model, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def blt_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "blt"
+    config = blt.BLTConfig(
+        local_encoder=stack(8),
+        latent=stack(),
+        local_decoder=stack(8),
+        ngrams=blt.NgramConfig(sizes=(3,), vocab_size=53),
+    )
+    entropy_model = made(blt.EntropyModelConfig(transformer=stack(8)))
+    patcher = PatcherConfig(threshold=5.0, max_patch_length=4)
+    model_files.save_model(path, *made(config), entropy_model=entropy_model, patcher=patcher)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "llama"
+    model_files.save_model(path, *made(llama3.byte_level(num_layers=1, d_model=16, num_heads=2)))
+    return path
+
+
+def run(*arguments):
+    return generate.main(["generate", *arguments])
+
+
+def test_blt_with_its_entropy_model(blt_folder, capsys):
+    flags = (f"--model={blt_folder}", "--prompt=def ", "--max_new_bytes=24", "--num_samples=2")
+    assert run(*flags, "--top_k=20", "--seed=3") == 0
+    out, err = capsys.readouterr()
+    assert out.count("def ") == 2
+    assert "patches" in err and "global steps per byte" in err
+    assert run(*flags, "--top_k=20", "--seed=3") == 0
+    assert capsys.readouterr().out == out
+
+
+def test_prompts_are_read_until_an_empty_line(llama_folder, capsys, monkeypatch):
+    lines = iter(["import", "class", "", "never"])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    assert run(f"--workdir={llama_folder}", "--max_new_bytes=8", "--temperature=0") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("import") and "\nclass" in out and "never" not in out
+    assert err.count("compiled") == 1, "both prompts have one padded length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--workdir"),
+        (("--workdir=a", "--model=b"), "one of them"),
+        (("--model=a", "--temperature=-1"), "temperature=-1.0"),
+        (("--model=a", "--top_p=2"), "top_p=2.0"),
+        (("--model=a", "--max_new_bytes=0"), "max_new_bytes"),
+        (("--model=a", "extra"), "extra"),
+    ],
+)
+def test_wrong_command_lines(arguments, message, capsys):
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_folders_and_files(tmp_path, capsys):
+    assert run(f"--model={tmp_path / 'none'}") == 1
+    assert "no such folder" in capsys.readouterr().err
+    assert run(f"--workdir={tmp_path}") == 1
+    assert "neither model.json" in capsys.readouterr().err
+
+
+def test_an_entropy_model_alone_generates_nothing(blt_folder, capsys):
+    assert run(f"--model={blt_folder / 'entropy_model'}", "--prompt=a") == 1
+    assert "cannot generate" in capsys.readouterr().err
+
+
+def test_statistics():
+    counters = {"bytes": np.array([9, 11]), "patches": np.array([3, 4]), "latent_runs": [5, 5]}
+    stats = statistics(20, 0.5, counters)
+    assert stats == {
+        "bytes": 20,
+        "bytes_per_second": 40.0,
+        "patches": 7,
+        "global_steps_per_byte": 0.5,
+    }
+    assert (
+        format_statistics(stats)
+        == "20 bytes, 40 bytes per second, 7 patches, 0.5 global steps per byte"
+    )
