@@ -358,7 +358,8 @@ class Llama3(Model):
 
     def flops_per_token(self, context_length: int) -> float:
         stack = self.config.transformer
-        return stack.flops_per_token(float(context_length)) + 2.0 * stack.d_model * self.config.vocab_size
+        head = 2.0 * stack.d_model * self.config.vocab_size
+        return stack.flops_per_token(float(context_length)) + head
 
 
 # -------------------------------------------------------------------------------- generation
