@@ -11,6 +11,8 @@ from typing import Any
 
 from absl import flags
 
+from blt_jax.dist.huge_pages import use_huge_pages
+
 
 @dataclasses.dataclass
 class LoadedModel:
@@ -169,4 +171,5 @@ def _read_prompts():
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main())

@@ -11,6 +11,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from blt_jax.dist.huge_pages import use_huge_pages
+
 
 def parse(argv: list[str]) -> flags.FlagValues:
     """Parsed flags of a command line (with the program's name); config overrides applied.
@@ -101,4 +103,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main())

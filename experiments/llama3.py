@@ -47,7 +47,7 @@ def smoke() -> LanguageModel:
     """Trains, anneals, averages and generates in a few seconds (20 s)."""
     return LanguageModel(
         model=byte_model(1, 32),
-        data=rows(60_000, 64, 4),
+        data=rows(60_000, 64, 8),
         evaluation=EvaluationConfig(batches=2),
         schedule=Schedule(learning_rate=3e-3, decay=Decay.CONSTANT),
         phases=(Phase(steps=6), annealing_phase(4)),

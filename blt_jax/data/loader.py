@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import hashlib
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -45,6 +46,8 @@ class DataConfig:
     `max_patches`, at most so many patches) each. With `repeat` the stream has no end, every
     epoch is shuffled anew and documents are drawn from the sources by weight (of documents);
     without it every document of every source comes once and nothing is dropped.
+    `shuffle_rows` packed rows are shuffled at a time where `shuffle` and `repeat` hold, so that
+    the rows of a batch come from different documents; 0 keeps rows in the order of documents.
     `num_threads` read and tokenize documents, `prefetch` batches are made ahead; 0 is off.
     """
 
@@ -57,6 +60,7 @@ class DataConfig:
     long_documents: LongDocuments = LongDocuments.CONTINUE
     max_patches: int = 0
     shuffle: bool = True
+    shuffle_rows: int = 512
     repeat: bool = True
     host_sharding: HostSharding = HostSharding.DOCUMENTS
     seed: int = 0
@@ -69,7 +73,7 @@ class DataConfig:
         for name in ("batch_size", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_patches", "seed", "num_threads", "prefetch"):
+        for name in ("max_patches", "shuffle_rows", "seed", "num_threads", "prefetch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.long_documents is LongDocuments.TRUNCATE and not self.repeat:
@@ -130,6 +134,9 @@ def loader(
     stream = _document_stream(config, documents, share).map(_Tokenize(tokenizer))
     rows_per_process = config.batch_size // process_count
     first = process_index * rows_per_process
+    rows = rows_per_process if own_documents else config.batch_size
+    kept = slice(None) if own_documents else slice(first, first + rows_per_process)
+    mixes_rows = config.shuffle and config.repeat and config.shuffle_rows > 0
     packed: grain.IterDataset = PackIterDataset(
         stream.to_iter_dataset(
             grain.ReadOptions(
@@ -143,8 +150,8 @@ def loader(
             max_patches=config.max_patches,
             with_starts=patcher is not None,
         ),
-        rows=rows_per_process if own_documents else config.batch_size,
-        kept=slice(None) if own_documents else slice(first, first + rows_per_process),
+        rows=1 if mixes_rows else rows,
+        kept=slice(None) if mixes_rows else kept,
         tokenizer=tokenizer,
         patcher=patcher,
         identity=(
@@ -154,9 +161,18 @@ def loader(
             config.sequence_length,
         ),
     )
+    if mixes_rows:
+        packed = grain.experimental.WindowShuffleIterDataset(
+            packed, window_size=config.shuffle_rows, seed=_shuffle_seed(config.seed, -1)
+        )
+        packed = packed.batch(rows, batch_fn=lambda parts: _join_rows(parts, kept))
     if config.prefetch:
         packed = _ThreadPrefetch(packed, prefetch_buffer_size=config.prefetch)
     return packed
+
+
+def _join_rows(parts: Sequence[dict[str, Any]], kept: slice) -> dict[str, Any]:
+    return {name: np.concatenate([part[name] for part in parts])[kept] for name in parts[0]}
 
 
 _open_iterators: weakref.WeakSet = weakref.WeakSet()

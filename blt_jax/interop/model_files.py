@@ -4,6 +4,7 @@ model.json           the model's config
 params/              its parameters, written by orbax (of a run: checkpoints/)
 entropy_model/       the same again, for a BLT that patches by itself
 patcher.json         its patching rule
+ngram_tables.npz     its exact n-gram tables, where it has them in place of hashes
 """
 
 import json
@@ -12,11 +13,13 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from blt_jax.dist.sharding import ShardingRules, param_shapes, param_shardings
 from blt_jax.interop.foreign_config import read_json
 from blt_jax.layers.model import Model, ModelConfig
+from blt_jax.models.blt_ngrams import NgramTables
 from blt_jax.models.blt_patching import PatcherConfig
 from blt_jax.train.config_json import (
     MODEL_FILE,
@@ -27,6 +30,7 @@ from blt_jax.train.config_json import (
 
 ENTROPY_MODEL = "entropy_model"
 PATCHER_FILE = "patcher.json"
+NGRAM_FILE = "ngram_tables.npz"
 
 
 def save_model(
@@ -47,8 +51,9 @@ def save_model(
     if entropy_model is not None:
         save_model(path / ENTROPY_MODEL, *entropy_model)
     if patcher is not None:
-        text = json.dumps(config_to_json(patcher), indent=2)
-        (path / PATCHER_FILE).write_text(text + "\n")
+        save_patcher(path, patcher)
+    if getattr(model, "ngram_tables", None) is not None:
+        save_ngram_tables(path, model.ngram_tables)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", params, force=True)
     # Last, so that a folder with a config is complete.
@@ -74,7 +79,11 @@ def load_model(
         raise ValueError(f"part={part!r}: allowed are None and {ENTROPY_MODEL!r}")
     path = path / part if part else path
     file = path / MODEL_FILE
-    model = config_from_json(read_json(file), ModelConfig, file).build(sharding)
+    config = config_from_json(read_json(file), ModelConfig, file)
+    if (path / NGRAM_FILE).exists():
+        model = config.build(sharding, ngram_tables=load_ngram_tables(path))
+    else:
+        model = config.build(sharding)
     if (path / "checkpoints").is_dir() and not (path / "params").is_dir():
         from blt_jax.train.checkpoint import load_params
 
@@ -82,6 +91,27 @@ def load_model(
     if averaged:
         raise ValueError(f"averaged=True: {path} is no run, it holds one set of parameters")
     return model, _read_params(path / "params", model, mesh)
+
+
+def save_patcher(path: str | pathlib.Path, patcher: PatcherConfig) -> None:
+    """Writes the patching rule into a folder of a model or of a BLT run."""
+    text = json.dumps(config_to_json(patcher), indent=2)
+    (pathlib.Path(path) / PATCHER_FILE).write_text(text + "\n")
+
+
+def save_ngram_tables(path: str | pathlib.Path, tables: NgramTables) -> None:
+    """Writes exact n-gram tables into a folder of a model or of a BLT run."""
+    arrays = {f"keys_{size}": keys for size, keys in tables.keys.items()}
+    arrays |= {f"ids_{size}": ids for size, ids in tables.ids.items()}
+    np.savez(pathlib.Path(path) / NGRAM_FILE, **arrays)
+
+
+def load_ngram_tables(path: str | pathlib.Path) -> NgramTables:
+    """The exact n-gram tables that `save_ngram_tables` wrote."""
+    with np.load(pathlib.Path(path) / NGRAM_FILE) as arrays:
+        parts = [name.removeprefix("keys_") for name in arrays if name.startswith("keys_")]
+        keys = {int(size): arrays[f"keys_{size}"] for size in parts}
+        return NgramTables(keys, {int(size): arrays[f"ids_{size}"] for size in parts})
 
 
 def load_patcher(path: str | pathlib.Path) -> PatcherConfig:

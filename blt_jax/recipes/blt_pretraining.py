@@ -7,8 +7,6 @@ evaluated on held-out text with the same one (arXiv 2412.09871, sections 2.3 and
 
 import dataclasses
 import functools
-import json
-import pathlib
 import threading
 import zlib
 from collections import OrderedDict
@@ -22,8 +20,10 @@ import numpy as np
 from blt_jax.data.loader import DataConfig, evaluation_config, open_documents
 from blt_jax.data.tokenizers import ByteTokenizer, encode_document
 from blt_jax.decoding.sampling import SamplingConfig
+from blt_jax.interop import model_files
 from blt_jax.models import blt
 from blt_jax.models.blt_decode import BLTDecoder
+from blt_jax.models.blt_ngrams import build_ngram_tables
 from blt_jax.models.blt_patching import (
     NgramEntropy,
     PatcherConfig,
@@ -99,13 +99,13 @@ class BLTPretraining(Experiment):
                 entropies.fill(take_bytes(tokenized_documents(data), self.precomputed_bytes))
         patcher = self._calibrated(sample, entropies)
         sizes = _patch_sizes(patcher, sample, entropies)
-        (context.workdir / "patcher.json").write_text(patcher_to_json(patcher))
+        model_files.save_patcher(context.workdir, patcher)
 
         def starts(index: int, tokens: np.ndarray) -> np.ndarray:
             del index  # documents are recognised by their content: splits number them alike
             return patcher.document_starts(tokens, entropies and entropies(tokens))
 
-        fit = self.blt.fit(context, patcher=starts)
+        fit = self.blt.fit(context, patcher=starts, build=self._builder(context))
         numbers = {**fit.metrics, **sizes}
         numbers["held_out_patch_size"] = numbers.pop("patched_bytes") / numbers.pop("patches")
         self._figure(context, patcher, entropies)
@@ -129,6 +129,16 @@ class BLTPretraining(Experiment):
             model_entropies, fit.model, fit.params, reset_at_newline=self.patcher.reset_at_newline
         )
         return fit, DocumentEntropies(compute)
+
+    def _builder(self, context: Context) -> Callable[[blt.BLTConfig], blt.BLT] | None:
+        """With exact n-grams, the tables are counted on the training text first."""
+        ngrams = self.blt.model.ngrams
+        if ngrams.kind is not blt.NgramKind.EXACT:
+            return None
+        documents = take_bytes(tokenized_documents(self.blt.data), self.precomputed_bytes)
+        tables = build_ngram_tables(documents, ngrams.sizes, ngrams.vocab_size)
+        model_files.save_ngram_tables(context.workdir, tables)
+        return lambda config: config.build(self.blt.sharding, ngram_tables=tables)
 
     def _calibrated(self, sample: list[np.ndarray], entropies) -> PatcherConfig:
         patcher = self.patcher
@@ -325,15 +335,3 @@ def _entropies_of_rows(model, params, tokens, segment_ids, reset_at_newline):
         segment_ids, positions = reset_segments(tokens, segment_ids)
     output = model.apply({"params": params}, tokens, segment_ids, positions)
     return blt.entropies(output.logits)
-
-
-def patcher_to_json(patcher: PatcherConfig) -> str:
-    """The calibrated patcher of a run, for generation from it later."""
-    fields = {**dataclasses.asdict(patcher), "kind": patcher.kind.name}
-    return json.dumps(fields, indent=2) + "\n"
-
-
-def load_patcher(workdir: pathlib.Path) -> PatcherConfig:
-    """The patcher that `patcher_to_json` wrote into a run's folder."""
-    fields = json.loads((workdir / "patcher.json").read_text())
-    return PatcherConfig(**{**fields, "kind": PatcherKind[fields["kind"]]})

@@ -230,16 +230,19 @@ class Pretraining(Experiment):
         tokenizer: Tokenizer | None = None,
         params: Any = None,
         batches: Callable[[DataConfig], Iterable] | None = None,
+        build: Callable[[ModelConfig], Model] | None = None,
     ) -> "Fit":
         """Trains (or continues) in `context.workdir`; returns the model and its parameters.
 
         patcher: start mask of a tokenized document, for models of patches. params: where to
         start instead of a random initialisation. batches: makes the data stream of a config,
-        in place of `blt_jax.data.loader`.
+        in place of `blt_jax.data.loader`. build: makes the module of a model config, in place of
+        its own `build`.
         Raises ValueError if the workdir holds another configuration, MemoryError if the run
         cannot fit, NonFiniteError and Preempted as `train`.
         """
-        return _Fitting(self, context, patcher, tokenizer, batches).fit(params)
+        build = build or (lambda config: config.build(self.sharding))
+        return _Fitting(self, context, patcher, tokenizer, batches, build).fit(params)
 
     def run(self, context: Context) -> dict[str, float]:
         """`fit`; the numbers of the last evaluation and of training."""
@@ -257,9 +260,10 @@ class Fit:
 
 
 class _Fitting:
-    def __init__(self, config: Pretraining, context: Context, patcher, tokenizer, batches):
+    def __init__(self, config: Pretraining, context: Context, patcher, tokenizer, batches, build):
         self.config, self.context = config, context
         self.patcher, self.tokenizer, self.batches = patcher, tokenizer, batches
+        self.build = build
         self.averaging = config.averaging
         if self.averaging.start < 0:
             last = config.total_steps - config.all_phases[-1].steps
@@ -343,7 +347,7 @@ class _Fitting:
             write_model_config(context.workdir, config.all_phases[-1].model or config.model)
         started = time.perf_counter()
         configs = [phase.model or config.model for phase in config.all_phases]
-        built = {model: model.build(config.sharding) for model in dict.fromkeys(configs)}
+        built = {model: self.build(model) for model in dict.fromkeys(configs)}
         model = built[configs[0]]
         shapes = state_lib.abstract_params(model)
         for other in built.values():

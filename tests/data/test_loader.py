@@ -25,7 +25,8 @@ def starts_of(index, ids):
 
 
 def make(texts=TEXTS, patcher=None, process=(0, 1), parts=None, **changes):
-    settings = {"batch_size": 4, "sequence_length": 16, "num_threads": 0, "prefetch": 0, "seed": 3}
+    settings = {"batch_size": 4, "sequence_length": 16, "seed": 3}
+    settings |= {"num_threads": 0, "prefetch": 0, "shuffle_rows": 0}
     config = loader_lib.DataConfig(**{**settings, **changes})
     return loader_lib.loader(
         config,
@@ -47,6 +48,44 @@ def assert_same(first, second):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("process", [(0, 1), (1, 2)])
+@pytest.mark.parametrize("sharding", list(loader_lib.HostSharding))
+def test_shuffled_rows_resume_exactly(sharding, process, prefetch):
+    dataset = make(
+        process=process, host_sharding=sharding, prefetch=prefetch, shuffle_rows=12, batch_size=4
+    )
+    iterator, states, batches = iter(dataset), [], []
+    for _ in range(14):  # several windows
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        batches.append(next(iterator))
+    for at in (0, 1, 2, 3, 4, 7, 11):
+        resumed = iter(dataset)
+        resumed.set_state(states[at])
+        assert_same(list(itertools.islice(resumed, 3)), batches[at : at + 3])
+    iterator.close()
+
+
+def test_shuffled_rows_are_the_packed_rows_in_another_order():
+    texts = [bytes([65 + i]) * 160 for i in range(6)]  # ten rows each
+    plain = take(make(texts), 12)
+    mixed = take(make(texts, shuffle_rows=48), 12)
+
+    def rows(batches):
+        return [tuple(row) for batch in batches for row in batch["tokens"]]
+
+    assert sorted(rows(mixed)) == sorted(rows(plain)) and rows(mixed) != rows(plain)
+    sources_per_batch = [len({max(row) for row in batch["tokens"]}) for batch in mixed]
+    assert (
+        np.mean(sources_per_batch)
+        > 2
+        > np.mean([len({max(row) for row in batch["tokens"]}) for batch in plain])
+    )
+    assert rows(take(make(texts, shuffle_rows=48, repeat=False), 12)) == rows(
+        take(make(texts, repeat=False), 12)
+    )
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

@@ -8,6 +8,7 @@ import pytest
 
 from blt_jax.dist.mesh import make_mesh
 from blt_jax.dist.sharding import init_params
+from blt_jax.interop import model_files
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt
 from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
@@ -75,10 +76,23 @@ def test_cross_fitted_ngrams_score_a_document_without_its_own_counts():
         recipe.CrossFittedNgrams.build(texts[:1], order=3)
 
 
-def test_patcher_survives_its_file(tmp_path):
-    patcher = PatcherConfig(kind=PatcherKind.MONOTONIC, relative_threshold=0.25, max_patch_length=9)
-    (tmp_path / "patcher.json").write_text(recipe.patcher_to_json(patcher))
-    assert recipe.load_patcher(tmp_path) == patcher
+def test_exact_ngram_tables_of_a_run_are_kept_with_it(tmp_path):
+    config = runs.smoke()
+    ngrams = blt.NgramConfig(kind=blt.NgramKind.EXACT, sizes=(3,), vocab_size=100)
+    model = dataclasses.replace(config.blt.model, ngrams=ngrams)
+    config = dataclasses.replace(
+        config,
+        blt=dataclasses.replace(config.blt, model=model, steps=2),
+        patcher=PatcherConfig(kind=PatcherKind.SPACE),
+        prompts=(),
+    )
+    config.run(make_context(tmp_path, make_mesh(devices=jax.devices()[:1]), jax.random.key(0)))
+    loaded, params = model_files.load_model(tmp_path)
+    assert loaded.ngram_tables.keys[3].shape == (96, 3)
+    assert model_files.load_patcher(tmp_path) == config.patcher
+    tokens = np.array([[1, 104, 105, 106, 107, 108]], np.int32)
+    output = loaded.apply({"params": params}, tokens, np.ones((1, 7), bool))
+    assert np.isfinite(output.logits).all()
 
 
 def test_patch_figure_has_one_cell_per_byte_and_checks_lengths():
@@ -94,13 +108,13 @@ def test_patch_figure_has_one_cell_per_byte_and_checks_lengths():
 
 def test_smoke_run_leaves_numbers_figure_patcher_and_text(tmp_path):
     config = runs.smoke()
-    numbers = config.run(make_context(tmp_path, make_mesh(), jax.random.key(0)))
+    numbers = config.run(make_context(tmp_path, make_mesh(devices=jax.devices()[:1]), jax.random.key(0)))
     assert abs(numbers["patch_size"] / 4.0 - 1) < 0.02
     assert 0 < numbers["bits_per_byte"] < 9
-    assert recipe.load_patcher(tmp_path).threshold == numbers["threshold"]
+    assert model_files.load_patcher(tmp_path).threshold == numbers["threshold"]
     assert (tmp_path / "figures" / "patches.png").stat().st_size > 10_000
     assert (tmp_path / "entropy_model" / "metrics.jsonl").exists()
-    again = config.run(make_context(tmp_path, make_mesh(), jax.random.key(0)))
+    again = config.run(make_context(tmp_path, make_mesh(devices=jax.devices()[:1]), jax.random.key(0)))
     assert again["bits_per_byte"] == numbers["bits_per_byte"]
     assert "def " in (tmp_path / "texts" / "samples.txt").read_text()
 
