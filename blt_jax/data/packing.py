@@ -321,13 +321,16 @@ def check_starts(starts: Any, index: int, length: int) -> Bool[np.ndarray, "n"]:
 
 
 def statistics_from_state(state: dict[str, Any]) -> PackingStatistics:
-    """The packing statistics in the state of a loader's iterator, as of its last batch.
+    """The packing statistics in the state of a loader's iterator.
+
+    As of its last batch; where rows are shuffled, as of the last full window of rows.
 
     Raises:
       ValueError: the state is not one of a packed loader.
     """
-    while isinstance(state, dict):
-        if "statistics" in state:
-            return PackingStatistics(**state["statistics"])
-        state = state.get("parent")
+    inner: Any = state
+    while isinstance(inner, dict):
+        if "statistics" in inner:
+            return PackingStatistics(**inner["statistics"])
+        inner = inner.get("parent", inner.get("parent_window_start_state"))
     raise ValueError("the iterator state holds no packing statistics")

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from blt_jax.data.loader import DataConfig, evaluation_config, loader
-from blt_jax.data.packing import Patcher
+from blt_jax.data.packing import Patcher, statistics_from_state
 from blt_jax.data.tokenizers import Tokenizer
 from blt_jax.dist.mesh import MeshConfig
 from blt_jax.dist.sharding import ShardingRules
@@ -264,6 +264,7 @@ class _Fitting:
         self.config, self.context = config, context
         self.patcher, self.tokenizer, self.batches = patcher, tokenizer, batches
         self.build = build
+        self.training_batches: Any = None
         self.averaging = config.averaging
         if self.averaging.start < 0:
             last = config.total_steps - config.all_phases[-1].steps
@@ -272,6 +273,19 @@ class _Fitting:
     def say(self, line: str) -> None:
         if not self.config.logging.quiet and jax.process_index() == 0:
             print(line, flush=True)
+
+    def open_training_batches(self, data: DataConfig) -> Iterator:
+        self.training_batches = iter(self.open_batches(data))
+        return self.training_batches
+
+    def packing_numbers(self) -> dict[str, float]:
+        """Share of padding and of dropped targets in the rows of the last phase."""
+        if self.batches is not None or self.training_batches is None:
+            return {}
+        statistics = statistics_from_state(self.training_batches.get_state())
+        numbers = {"padding_rate": statistics.padding_rate, "drop_rate": statistics.drop_rate}
+        self.say("packing: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        return numbers
 
     def open_batches(self, data: DataConfig) -> Iterable:
         if self.batches is not None:
@@ -316,7 +330,7 @@ class _Fitting:
                     start=done,
                     stop=done + phase.steps,
                     step=steps[index],
-                    open_batches=lambda data=data: iter(self.open_batches(data)),
+                    open_batches=lambda data=data: self.open_training_batches(data),
                     source=source,
                     accumulation=self.config.phase_accumulation(phase),
                     flops_per_row=3.0 * flops * length,
@@ -392,6 +406,7 @@ class _Fitting:
         finally:
             checkpoints.close()
         numbers = _final_numbers(result, config.total_steps, time.perf_counter() - started)
+        numbers |= self.packing_numbers()
         numbers |= {"parameters": float(total), "parameters_without_embeddings": float(rest)}
         average = result.state.average
         averaged = average.params if average is not None and int(average.count) else None
