@@ -43,6 +43,7 @@ def rows(num_bytes: int, sequence_length: int, batch_size: int, max_patches: int
     """Rows of the standard library's text, about num_bytes of it."""
     return DataConfig(
         sources=(SourceConfig(max_bytes=num_bytes),),
+        shuffle_rows=num_bytes // sequence_length,  # files are long: mix all of them
         sequence_length=sequence_length,
         batch_size=batch_size,
         max_patches=max_patches,
