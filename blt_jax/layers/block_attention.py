@@ -1,12 +1,13 @@
 """Causal attention by blocks of queries, with memory linear in the length.
 
-Scores are held with keys as rows, and queries and values with the length as their last axis:
-then no product contracts the rows of the large matrix, which is slow on CPU, and the reductions
-of the softmax run over rows. The output and the log-sum-exp of the scores are kept for the
-backward pass, which computes the weights again.
+Scores are held with keys as rows: the products of the backward pass then run over contiguous
+rows, and the reductions of the softmax over the leading axis, which is several times faster on
+CPU than the other way round. Keys and values are laid out by head once and kept that way for the
+backward pass; queries, outputs and their gradients change layout block by block, in cache. The
+log-sum-exp of the scores is kept too, so that the backward pass can compute the weights again.
 
 Axis letters beyond the usual ones: R query heads per kv head; T and S are also the queries and
-keys of one block. All forms take q[B, G, K, R, T] (scaled), k[B, G, S, K], v[B, G, K, S].
+keys of one block.
 """
 
 import functools
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -27,11 +29,12 @@ WINDOW_BLOCK = 128
 MAX_WINDOW = 1024
 """Largest window whose keys are taken in one piece."""
 
-MAX_UNROLLED = 16
-"""Most query blocks that the unrolled triangle writes out."""
+TRIANGLE_BLOCKS = ((512, 128), (2304, 256), (4608, 512))
+"""Longest row, and queries per block, of the triangle. Few blocks: each is compiled apart."""
 
-TRIANGLE_BLOCK = 128
-MAX_TRIANGLE_BLOCK = 256
+MAX_TRIANGLE_SCORES = 2**26
+"""Most scores of one block of the triangle, over rows and heads."""
+
 TILE = 512
 """Queries and keys per tile of the form for long rows."""
 
@@ -51,9 +54,9 @@ def block_attention(
     without a window each query block takes exactly the keys before it, and long rows are cut
     into tiles met one after the other.
     """
-    T = q.shape[1]
-    plan = make_plan(T, window)
-    padding = -T % plan.block
+    B, T, H, _ = q.shape
+    plan = make_plan(T, window, B * H)
+    padding = 0 if plan.form == "triangle" else -T % plan.block
     if padding:
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
@@ -68,18 +71,17 @@ class Plan(NamedTuple):
     window: int
 
 
-def make_plan(length: int, window: int) -> Plan:
-    """The form for rows of `length`; a window that covers the row is none."""
+def make_plan(length: int, window: int, num_heads: int) -> Plan:
+    """The form for rows of `length`; num_heads are those of all rows together."""
     if window >= length:
         window = 0
     if 0 < window <= MAX_WINDOW:
         return Plan("window", WINDOW_BLOCK, window)
-    block = TRIANGLE_BLOCK
-    while block < MAX_TRIANGLE_BLOCK and length > MAX_UNROLLED * block:
-        block *= 2
-    if window or length > MAX_UNROLLED * block:
-        return Plan("tiles", TILE, window)
-    return Plan("triangle", block, 0)
+    if not window:
+        for longest, block in TRIANGLE_BLOCKS:
+            if length <= longest and num_heads * length * block <= MAX_TRIANGLE_SCORES:
+                return Plan("triangle", block, 0)
+    return Plan("tiles", TILE, window)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -88,123 +90,79 @@ def _attention(q, k, v, segment_ids, plan, scale):
 
 
 def _attention_forward(q, k, v, segment_ids, plan, scale):
-    arrays = _Arrays.of(q, k, v, segment_ids, scale)
+    (B, T, H, K), G = q.shape, k.shape[2]
+    reach = _reach(plan)
+    # Tied to q: masks alone do not change from layer to layer, and jax would compute those of
+    # all blocks ahead of a scan over layers and store them.
+    q, segment_ids = lax.optimization_barrier((q, segment_ids))
+    inputs = _Inputs(
+        q.reshape(B, T, G, H // G, K),
+        _pad_front(jnp.swapaxes(k, 1, 2), reach, 2),
+        _pad_front(jnp.swapaxes(v, 1, 2), reach, 2),
+        jnp.where(segment_ids > 0, segment_ids, -1),
+        _pad_front(segment_ids, reach, 1),
+    )
     forward = {"window": _window_forward, "triangle": _triangle_forward, "tiles": _tiles_forward}
-    out_BGKRT, lse_BGRT = forward[plan.form](arrays, plan)
-    out = _rows_first(out_BGKRT, q.shape).astype(q.dtype)
-    out, lse_BGRT = checkpoint_name((out, lse_BGRT), "attention")
-    return out, (q, k, v, segment_ids, out, lse_BGRT)
+    out_BTGRK, lse_BGRT = forward[plan.form](inputs, plan, scale)
+    out, lse_BGRT = checkpoint_name((out_BTGRK.reshape(q.shape), lse_BGRT), "attention")
+    return out, (inputs, out, lse_BGRT)
 
 
 def _attention_backward(plan, scale, residuals, g):
-    q, k, v, segment_ids, out, lse_BGRT = residuals
-    arrays = _Arrays.of(q, k, v, segment_ids, scale)
-    mean = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    mean_BGRT = jnp.moveaxis(mean.reshape(*mean.shape[:2], *lse_BGRT.shape[1:3]), 1, 3)
-    cotangent = _Cotangent.of(g, mean_BGRT, lse_BGRT, arrays)
+    inputs, out, lse_BGRT = residuals
+    inputs, g = lax.optimization_barrier((inputs, g))
+    g_BTGRK = g.reshape(inputs.q_BTGRK.shape)
+    cotangent = _Cotangent(g_BTGRK, out.reshape(g_BTGRK.shape), lse_BGRT)
     backward = {
         "window": _window_backward,
         "triangle": _triangle_backward,
         "tiles": _tiles_backward,
     }
-    d_q_BGKRT, d_k_BGSK, d_v_BGSK = backward[plan.form](arrays, cotangent, plan)
-    d_q = (_rows_first(d_q_BGKRT, q.shape) * scale).astype(q.dtype)
-    d_k, d_v = (jnp.swapaxes(x, 1, 2) for x in (d_k_BGSK, d_v_BGSK))
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    d_q_BTGRK, d_k_BGSK, d_v_BGSK = backward[plan.form](inputs, cotangent, plan, scale)
+    reach, dtype = _reach(plan), inputs.k_BGSK.dtype
+    d_k, d_v = (jnp.swapaxes(x[:, :, reach:], 1, 2).astype(dtype) for x in (d_k_BGSK, d_v_BGSK))
+    return d_q_BTGRK.reshape(g.shape), d_k, d_v, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-# Layouts.
+class _Inputs(NamedTuple):
+    """Queries, and keys with those that nobody sees in front. Padding has the segment -1 among
+    the queries and 0 among the keys, so it meets nothing."""
 
-
-class _Arrays(NamedTuple):
-    q_BGKRT: jax.Array
+    q_BTGRK: jax.Array
     k_BGSK: jax.Array
-    v_BGKS: jax.Array
+    v_BGSK: jax.Array
     query_segments_BT: jax.Array
-    """Padding is -1 here and 0 among the keys, so it meets nothing."""
     key_segments_BS: jax.Array
 
-    @classmethod
-    def of(cls, q, k, v, segment_ids, scale):
-        (B, T, H, K), G = q.shape, k.shape[2]
-        q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-        return cls(
-            jnp.transpose(q.reshape(B, T, G, H // G, K), (0, 2, 4, 3, 1)),
-            jnp.swapaxes(k, 1, 2),
-            jnp.transpose(v, (0, 2, 3, 1)),
-            jnp.where(segment_ids > 0, segment_ids, -1),
-            segment_ids,
-        )
-
     def queries(self, start, size):
-        """The query side of a block."""
         return self._replace(
-            q_BGKRT=_slice(self.q_BGKRT, start, size, 4),
+            q_BTGRK=_slice(self.q_BTGRK, start, size, 1),
             query_segments_BT=_slice(self.query_segments_BT, start, size, 1),
         )
 
     def keys(self, start, size):
-        """The key side of a block."""
         return self._replace(
             k_BGSK=_slice(self.k_BGSK, start, size, 2),
-            v_BGKS=_slice(self.v_BGKS, start, size, 3),
+            v_BGSK=_slice(self.v_BGSK, start, size, 2),
             key_segments_BS=_slice(self.key_segments_BS, start, size, 1),
-        )
-
-    def padded(self, size):
-        """With `size` keys that nobody sees put before the others."""
-        return self._replace(
-            k_BGSK=_pad_front(self.k_BGSK, size, 2),
-            v_BGKS=_pad_front(self.v_BGKS, size, 3),
-            key_segments_BS=_pad_front(self.key_segments_BS, size, 1),
         )
 
 
 class _Cotangent(NamedTuple):
-    """What the backward pass needs of the output and of the queries, and the other layouts."""
+    """Gradient of the output, the output, and the log-sum-exp of the scores."""
 
-    g_BGKRT: jax.Array
-    g_BGRTK: jax.Array
-    q_BGRTK: jax.Array
-    k_BGKS: jax.Array
-    v_BGSK: jax.Array
-    mean_BGRT: jax.Array
+    g_BTGRK: jax.Array
+    out_BTGRK: jax.Array
     lse_BGRT: jax.Array
 
-    @classmethod
-    def of(cls, g, mean_BGRT, lse_BGRT, arrays):
-        (B, T, _, K), (G, R) = g.shape, lse_BGRT.shape[1:3]
-        g = g.reshape(B, T, G, R, K)
-        return cls(
-            jnp.transpose(g, (0, 2, 4, 3, 1)),
-            jnp.transpose(g, (0, 2, 3, 1, 4)),
-            jnp.transpose(arrays.q_BGKRT, (0, 1, 3, 4, 2)),
-            jnp.swapaxes(arrays.k_BGSK, 2, 3),
-            jnp.swapaxes(arrays.v_BGKS, 2, 3),
-            mean_BGRT,
-            lse_BGRT,
-        )
-
     def queries(self, start, size):
-        return self._replace(
-            g_BGKRT=_slice(self.g_BGKRT, start, size, 4),
-            g_BGRTK=_slice(self.g_BGRTK, start, size, 3),
-            q_BGRTK=_slice(self.q_BGRTK, start, size, 3),
-            mean_BGRT=_slice(self.mean_BGRT, start, size, 3),
-            lse_BGRT=_slice(self.lse_BGRT, start, size, 3),
-        )
-
-    def keys(self, start, size):
-        return self._replace(
-            k_BGKS=_slice(self.k_BGKS, start, size, 3), v_BGSK=_slice(self.v_BGSK, start, size, 2)
-        )
-
-    def padded(self, size):
-        return self._replace(
-            k_BGKS=_pad_front(self.k_BGKS, size, 3), v_BGSK=_pad_front(self.v_BGSK, size, 2)
+        return _Cotangent(
+            _slice(self.g_BTGRK, start, size, 1),
+            _slice(self.out_BTGRK, start, size, 1),
+            _slice(self.lse_BGRT, start, size, 3),
         )
 
 
@@ -215,11 +173,17 @@ def _slice(x, start, size, axis):
 
 
 def _pad_front(x, size, axis):
+    if not size:
+        return x
     return jnp.pad(x, [(size, 0) if i == axis else (0, 0) for i in range(x.ndim)])
 
 
-def _rows_first(x_BGKRT, shape):
-    return jnp.transpose(x_BGKRT, (0, 4, 1, 3, 2)).reshape(shape)
+def _by_head(x_BTGRK):
+    return jnp.transpose(x_BTGRK, (0, 2, 3, 1, 4))
+
+
+def _by_position(x_BGKRT):
+    return jnp.transpose(x_BGKRT, (0, 4, 1, 3, 2))
 
 
 def _add_slice(x, update, start, axis):
@@ -230,35 +194,43 @@ def _add_slice(x, update, start, axis):
 # One block of queries with one block of keys.
 
 
-def _scores(arrays: _Arrays, distance, window):
+def _scaled(q_BTGRK, scale):
+    return _by_head((q_BTGRK.astype(jnp.float32) * scale).astype(q_BTGRK.dtype))
+
+
+def _scores(here: _Inputs, q_BGRTK, distance, window):
     """Masked scores [B, G, S, R, T]; `distance` is that from the first query to the first key."""
-    T, S = arrays.q_BGKRT.shape[4], arrays.k_BGSK.shape[2]
+    T, S = q_BGRTK.shape[3], here.k_BGSK.shape[2]
     distance_ST = distance + jnp.arange(T)[None, :] - jnp.arange(S)[:, None]
     seen_ST = distance_ST >= 0
     if window:
         seen_ST &= distance_ST < window
-    same_BST = arrays.query_segments_BT[:, None, :] == arrays.key_segments_BS[:, :, None]
+    same_BST = here.query_segments_BT[:, None, :] == here.key_segments_BS[:, :, None]
     seen_BGSRT = (seen_ST[None] & same_BST)[:, None, :, None]
-    scores = jnp.einsum(
-        "bgsk,bgkrt->bgsrt",
-        arrays.k_BGSK,
-        arrays.q_BGKRT,
-        preferred_element_type=jnp.float32,
-    )
+    scores = _product("bgsk,bgrtk->bgsrt", here.k_BGSK, q_BGRTK)
     return jnp.where(seen_BGSRT, scores, NEGATIVE)
 
 
-def _block_forward(arrays: _Arrays, distance, window):
+def _product(formula, left, right):
+    return jnp.einsum(formula, left, right, preferred_element_type=jnp.float32)
+
+
+def _sum_over_keys(x_BGSK, weights_BGSRT):
+    """[B, G, K, R, T] in float32."""
+    if x_BGSK.dtype == jnp.float32:
+        return _product("bgsk,bgsrt->bgkrt", x_BGSK, weights_BGSRT)
+    # CPU has no product of two bfloat16 arrays into float32 that contracts the rows of the first;
+    # the barrier keeps the transpose from being merged into it.
+    x_BGKS = lax.optimization_barrier(jnp.swapaxes(x_BGSK, 2, 3))
+    return _product("bgks,bgsrt->bgkrt", x_BGKS, weights_BGSRT)
+
+
+def _block_forward(here: _Inputs, scale, distance, window):
     """Maximum, sum of weights, and weighted values, the latter two relative to the maximum."""
-    scores_BGSRT = _scores(arrays, distance, window)
+    scores_BGSRT = _scores(here, _scaled(here.q_BTGRK, scale), distance, window)
     maximum_BGRT = scores_BGSRT.max(2)
     weights_BGSRT = jnp.exp(scores_BGSRT - maximum_BGRT[:, :, None])
-    values_BGKRT = jnp.einsum(
-        "bgks,bgsrt->bgkrt",
-        arrays.v_BGKS,
-        weights_BGSRT.astype(arrays.v_BGKS.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    values_BGKRT = _sum_over_keys(here.v_BGSK, weights_BGSRT.astype(here.v_BGSK.dtype))
     return maximum_BGRT, weights_BGSRT.sum(2), values_BGKRT
 
 
@@ -271,31 +243,36 @@ def _combine(left, right):
     return maximum, total, values
 
 
-def _finish(statistics, arrays: _Arrays):
-    """Output and log-sum-exp; a query of the padding gets 0, and weights of 0 in the backward."""
+def _finish(statistics, here: _Inputs):
+    """Output [B, T, G, R, K] and log-sum-exp [B, G, R, T]; both are 0 for padding."""
     maximum_BGRT, total_BGRT, values_BGKRT = statistics
-    real_BT = arrays.query_segments_BT > 0
+    real_BT = here.query_segments_BT > 0
     out_BGKRT = values_BGKRT / total_BGRT[:, :, None]
-    return (
-        jnp.where(real_BT[:, None, None, None], out_BGKRT, 0.0),
-        jnp.where(real_BT[:, None, None], maximum_BGRT + jnp.log(total_BGRT), 0.0),
-    )
+    out_BGKRT = jnp.where(real_BT[:, None, None, None], out_BGKRT, 0.0)
+    lse_BGRT = jnp.where(real_BT[:, None, None], maximum_BGRT + jnp.log(total_BGRT), 0.0)
+    return _by_position(out_BGKRT.astype(here.q_BTGRK.dtype)), lse_BGRT
 
 
-def _block_backward(arrays: _Arrays, cotangent: _Cotangent, distance, window):
-    """Gradients of scaled queries [B, G, K, R, T], and of keys and values [B, G, S, K]."""
-    dtype = arrays.k_BGSK.dtype
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores_BGSRT = _scores(arrays, distance, window)
+def _block_backward(here: _Inputs, cotangent: _Cotangent, scale, distance, window):
+    """float32 gradients of queries [B, G, K, R, T], before the scale, keys and values."""
+    dtype = here.k_BGSK.dtype
+    q_BGRTK, g_BGRTK = _scaled(here.q_BTGRK, scale), _by_head(cotangent.g_BTGRK)
+    scores_BGSRT = _scores(here, q_BGRTK, distance, window)
     weights_BGSRT = jnp.exp(scores_BGSRT - cotangent.lse_BGRT[:, :, None])
-    d_weights_BGSRT = product("bgsk,bgkrt->bgsrt", cotangent.v_BGSK, cotangent.g_BGKRT)
-    d_scores_BGSRT = weights_BGSRT * (d_weights_BGSRT - cotangent.mean_BGRT[:, :, None])
+    d_weights_BGSRT = _product("bgsk,bgrtk->bgsrt", here.v_BGSK, g_BGRTK)
+    out_BGRTK = _by_head(cotangent.out_BTGRK).astype(jnp.float32)
+    mean_BGRT = (g_BGRTK.astype(jnp.float32) * out_BGRTK).sum(-1)
+    d_scores_BGSRT = weights_BGSRT * (d_weights_BGSRT - mean_BGRT[:, :, None])
     weights_BGSRT, d_scores_BGSRT = weights_BGSRT.astype(dtype), d_scores_BGSRT.astype(dtype)
     return (
-        product("bgks,bgsrt->bgkrt", cotangent.k_BGKS, d_scores_BGSRT),
-        product("bgsrt,bgrtk->bgsk", d_scores_BGSRT, cotangent.q_BGRTK),
-        product("bgsrt,bgrtk->bgsk", weights_BGSRT, cotangent.g_BGRTK),
+        _sum_over_keys(here.k_BGSK, d_scores_BGSRT),
+        _product("bgsrt,bgrtk->bgsk", d_scores_BGSRT, q_BGRTK),
+        _product("bgsrt,bgrtk->bgsk", weights_BGSRT, g_BGRTK),
     )
+
+
+def _finish_d_q(d_q_BGKRT, here: _Inputs, scale):
+    return _by_position((d_q_BGKRT * scale).astype(here.q_BTGRK.dtype))
 
 
 # A window: one slice of keys per block of queries.
@@ -303,72 +280,80 @@ def _block_backward(arrays: _Arrays, cotangent: _Cotangent, distance, window):
 
 def _reach(plan: Plan) -> int:
     """Keys before a block that it may see, rounded up so that slices stay aligned."""
+    if plan.form != "window":
+        return 0
     unit = min(plan.block, 1 << math.ceil(math.log2(max(plan.window // 4, 16))))
     return -(-(plan.window - 1) // unit) * unit
 
 
-def _window_forward(arrays: _Arrays, plan: Plan):
+def _window_forward(inputs: _Inputs, plan: Plan, scale):
     reach = _reach(plan)
-    padded = arrays.padded(reach)
 
     def block(_, start):
-        here = padded.queries(start, plan.block).keys(start, reach + plan.block)
-        return None, _finish(_block_forward(here, reach, plan.window), here)
+        here = inputs.queries(start, plan.block).keys(start, reach + plan.block)
+        return None, _finish(_block_forward(here, scale, reach, plan.window), here)
 
-    _, (out, lse) = lax.scan(block, None, _starts(arrays, plan))
-    return _unblock(out), _unblock(lse)
+    _, (out, lse) = lax.scan(block, None, _starts(inputs, plan))
+    return _join(out, 1), _join(lse, 3)
 
 
-def _window_backward(arrays: _Arrays, cotangent: _Cotangent, plan: Plan):
+def _window_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan, scale):
     reach = _reach(plan)
-    padded, padded_cotangent = arrays.padded(reach), cotangent.padded(reach)
-    size = reach + plan.block
 
     def block(gradients, start):
-        here = padded.queries(start, plan.block).keys(start, size)
-        there = padded_cotangent.queries(start, plan.block).keys(start, size)
-        d_q, *new = _block_backward(here, there, reach, plan.window)
-        return [_add_slice(x, y, start, 2) for x, y in zip(gradients, new, strict=True)], d_q
+        here = inputs.queries(start, plan.block).keys(start, reach + plan.block)
+        there = cotangent.queries(start, plan.block)
+        d_q, *new = _block_backward(here, there, scale, reach, plan.window)
+        gradients = [_add_slice(x, y, start, 2) for x, y in zip(gradients, new, strict=True)]
+        return gradients, _finish_d_q(d_q, here, scale)
 
-    zeros = [jnp.zeros(padded.k_BGSK.shape, jnp.float32)] * 2
-    (d_k, d_v), d_q = lax.scan(block, zeros, _starts(arrays, plan))
-    return _unblock(d_q), d_k[:, :, reach:], d_v[:, :, reach:]
-
-
-def _starts(arrays: _Arrays, plan: Plan) -> jax.Array:
-    return jnp.arange(0, arrays.q_BGKRT.shape[4], plan.block, dtype=jnp.int32)
+    zeros = [jnp.zeros(inputs.k_BGSK.shape, jnp.float32)] * 2
+    (d_k, d_v), d_q = lax.scan(block, zeros, _starts(inputs, plan))
+    return _join(d_q, 1), d_k, d_v
 
 
-def _unblock(x):
-    """[blocks, ..., T] -> [..., blocks * T]."""
-    return jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
+def _starts(inputs: _Inputs, plan: Plan) -> jax.Array:
+    return jnp.arange(0, inputs.q_BTGRK.shape[1], plan.block, dtype=jnp.int32)
+
+
+def _join(x, axis):
+    """Blocks along the leading axis put one after the other along `axis` of the rest."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 # No window: each block of queries, written out, with the keys up to its end.
 
 
-def _triangle_forward(arrays: _Arrays, plan: Plan):
+def _spans(length: int, block: int) -> list[tuple[int, int]]:
+    """Start and size of the blocks; a short rest belongs to the last one."""
+    starts = list(range(0, length, block))
+    if len(starts) > 1 and length - starts[-1] < block // 4:
+        starts.pop()
+    return list(zip(starts, np.diff([*starts, length]).tolist(), strict=True))
+
+
+def _triangle_forward(inputs: _Inputs, plan: Plan, scale):
     parts = []
-    for start in range(0, arrays.q_BGKRT.shape[4], plan.block):
-        here = arrays.queries(start, plan.block).keys(0, start + plan.block)
-        parts.append(_finish(_block_forward(here, start, 0), here))
+    for start, size in _spans(inputs.q_BTGRK.shape[1], plan.block):
+        here = inputs.queries(start, size).keys(0, start + size)
+        parts.append(_finish(_block_forward(here, scale, start, 0), here))
     out, lse = zip(*parts, strict=True)
-    return jnp.concatenate(out, axis=-1), jnp.concatenate(lse, axis=-1)
+    return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=3)
 
 
-def _triangle_backward(arrays: _Arrays, cotangent: _Cotangent, plan: Plan):
+def _triangle_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan, scale):
     d_q, d_k, d_v = [], None, None
-    for start in reversed(range(0, arrays.q_BGKRT.shape[4], plan.block)):
-        end = start + plan.block
-        here = arrays.queries(start, plan.block).keys(0, end)
-        there = cotangent.queries(start, plan.block).keys(0, end)
-        new_d_q, new_d_k, new_d_v = _block_backward(here, there, start, 0)
-        d_q.insert(0, new_d_q)
+    for start, size in reversed(_spans(inputs.q_BTGRK.shape[1], plan.block)):
+        here = inputs.queries(start, size).keys(0, start + size)
+        there = cotangent.queries(start, size)
+        new_d_q, new_d_k, new_d_v = _block_backward(here, there, scale, start, 0)
+        d_q.insert(0, _finish_d_q(new_d_q, here, scale))
         if d_k is None:
             d_k, d_v = new_d_k, new_d_v
         else:
             d_k, d_v = _add_slice(d_k, new_d_k, 0, 2), _add_slice(d_v, new_d_v, 0, 2)
-    return jnp.concatenate(d_q, axis=-1), d_k, d_v
+    return jnp.concatenate(d_q, axis=1), d_k, d_v
 
 
 # Long rows: tiles of queries and keys, as many as the mask needs.
@@ -381,16 +366,16 @@ def _first_tile(index, plan: Plan):
     return jnp.maximum(index * plan.block - (plan.window - 1), 0) // plan.block
 
 
-def _tiles_forward(arrays: _Arrays, plan: Plan):
+def _tiles_forward(inputs: _Inputs, plan: Plan, scale):
     def tile(_, index):
-        here = arrays.queries(index * plan.block, plan.block)
+        here = inputs.queries(index * plan.block, plan.block)
 
         def one(other, statistics):
             there = here.keys(other * plan.block, plan.block)
             distance = (index - other) * plan.block
-            return _combine(statistics, _block_forward(there, distance, plan.window))
+            return _combine(statistics, _block_forward(there, scale, distance, plan.window))
 
-        B, G, K, R, T = here.q_BGKRT.shape
+        B, T, G, R, K = here.q_BTGRK.shape
         nothing = (
             jnp.full((B, G, R, T), NEGATIVE, jnp.float32),
             jnp.zeros((B, G, R, T), jnp.float32),
@@ -399,13 +384,13 @@ def _tiles_forward(arrays: _Arrays, plan: Plan):
         statistics = lax.fori_loop(_first_tile(index, plan), index + 1, one, nothing)
         return None, _finish(statistics, here)
 
-    _, (out, lse) = lax.scan(tile, None, _tile_indices(arrays, plan))
-    return _unblock(out), _unblock(lse)
+    _, (out, lse) = lax.scan(tile, None, _starts(inputs, plan) // plan.block)
+    return _join(out, 1), _join(lse, 3)
 
 
-def _tiles_backward(arrays: _Arrays, cotangent: _Cotangent, plan: Plan):
+def _tiles_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan, scale):
     def tile(gradients, index):
-        here = arrays.queries(index * plan.block, plan.block)
+        here = inputs.queries(index * plan.block, plan.block)
         there = cotangent.queries(index * plan.block, plan.block)
 
         def one(other, carry):
@@ -413,19 +398,16 @@ def _tiles_backward(arrays: _Arrays, cotangent: _Cotangent, plan: Plan):
             start = other * plan.block
             distance = (index - other) * plan.block
             new_d_q, new_d_k, new_d_v = _block_backward(
-                here.keys(start, plan.block), there.keys(start, plan.block), distance, plan.window
+                here.keys(start, plan.block), there, scale, distance, plan.window
             )
             d_k, d_v = _add_slice(d_k, new_d_k, start, 2), _add_slice(d_v, new_d_v, start, 2)
             return d_q + new_d_q, d_k, d_v
 
-        d_q = jnp.zeros(here.q_BGKRT.shape, jnp.float32)
-        d_q, *gradients = lax.fori_loop(_first_tile(index, plan), index + 1, one, (d_q, *gradients))
-        return gradients, d_q
+        B, T, G, R, K = here.q_BTGRK.shape
+        carry = (jnp.zeros((B, G, K, R, T), jnp.float32), *gradients)
+        d_q, *gradients = lax.fori_loop(_first_tile(index, plan), index + 1, one, carry)
+        return gradients, _finish_d_q(d_q, here, scale)
 
-    zeros = [jnp.zeros(arrays.k_BGSK.shape, jnp.float32)] * 2
-    (d_k, d_v), d_q = lax.scan(tile, zeros, _tile_indices(arrays, plan))
-    return _unblock(d_q), d_k, d_v
-
-
-def _tile_indices(arrays: _Arrays, plan: Plan) -> jax.Array:
-    return jnp.arange(arrays.q_BGKRT.shape[4] // plan.block, dtype=jnp.int32)
+    zeros = [jnp.zeros(inputs.k_BGSK.shape, jnp.float32)] * 2
+    (d_k, d_v), d_q = lax.scan(tile, zeros, _starts(inputs, plan) // plan.block)
+    return _join(d_q, 1), d_k, d_v
