@@ -71,7 +71,7 @@ class KVCache:
         return KVCache(self.key[:, indices], self.value[:, indices], self.lengths[indices])
 
 
-FIRST_CHUNK = 256
+FIRST_CHUNK = 128
 
 
 def chunk_sizes(slots: int) -> tuple[int, ...]:

@@ -77,13 +77,13 @@ def test_take_rows():
     np.testing.assert_allclose(swapped, logits[jnp.asarray([1, 0, 1])], atol=1e-6)
 
 
-def test_chunks_double_and_end_at_the_slots():
+def test_chunks_double_and_end_at_the_slots(monkeypatch):
+    monkeypatch.setattr(caches, "FIRST_CHUNK", 128)
     assert caches.chunk_sizes(100) == (100,)
-    assert caches.chunk_sizes(256) == (256,)
-    assert caches.chunk_sizes(512) == (256, 256)
-    assert caches.chunk_sizes(257) == (257,)
-    assert caches.chunk_sizes(3000) == (256, 256, 512, 1024, 952)
-    assert caches.chunk_sizes(8192) == (256, 256, 512, 1024, 2048, 4096)
+    assert caches.chunk_sizes(128) == (128,)
+    assert caches.chunk_sizes(129) == (129,)
+    assert caches.chunk_sizes(512) == (128, 128, 256)
+    assert caches.chunk_sizes(1500) == (128, 128, 256, 512, 476)
 
 
 def test_a_full_row_is_an_error_outside_jit():
