@@ -81,6 +81,7 @@ def peer_train_step(tokens: np.ndarray, lengths: np.ndarray):
     """A function that makes one AdamW step (clip 1.0) on tokens [B, N + 1] and returns the loss."""
     import torch
 
+    torch.set_num_threads(2)
     model = make_peer(tokens.shape[1]).train()
     params = [p for name, p in model.named_parameters() if "patcher" not in name]
     optimizer = torch.optim.AdamW(params, lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -96,6 +97,6 @@ def peer_train_step(tokens: np.ndarray, lengths: np.ndarray):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step

@@ -3,10 +3,13 @@
     python -m benchmarks.blt_training [--quick]
 
 Both sides make the whole step (loss, gradients, clip 1.0, AdamW) in float32 on two threads, on the
-same bytes. Reported: medians of five alternations and their ratio; variable against regular
-patches; time per doubling; peak memory of fresh processes. The table goes to benchmarks/results/.
+same bytes, each in a process of its own that waits while the other works, both with glibc's huge
+pages, two steps at a time of which the second counts. Reported: medians of five alternations and
+their ratio; variable against regular patches; time per doubling; peak memory of each process. The
+table goes to benchmarks/results/.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -109,76 +112,96 @@ def our_train_step(tokens: np.ndarray, lengths: np.ndarray):
     return step
 
 
-def seconds(step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+class Worker:
+    """One side in a process of its own, which makes a step when asked and else waits.
+
+    Apart, neither side finds the other's threads still spinning or its memory in the caches.
+    """
+
+    def __init__(self, side: str, patches: str, num_bytes: int):
+        name = f"--worker={side}:{patches}:{num_bytes}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.blt_training", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.step()  # waits until it is compiled
+
+    def step(self) -> float:
+        """Seconds of the second of two steps: the first finds memory that a virtual machine took
+        back while the worker waited (it cost up to twice the time on either side)."""
+        return self._ask("step")
+
+    def close(self) -> float:
+        """Ends the process; GiB of its largest resident memory."""
+        peak = self._ask("end")
+        self.process.wait()
+        return peak
+
+    def _ask(self, command: str) -> float:
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
 
 
-def peak_memory(side: str, num_bytes: int) -> float:
-    """GiB of a fresh process that makes three steps of one side."""
-    command = [sys.executable, "-m", "benchmarks.blt_training", f"--memory={side}:{num_bytes}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(result.stdout.split()[-1])
-
-
-def _memory_worker(side: str, num_bytes: int) -> None:
-    tokens, lengths = tokens_of(num_bytes), blt_peer.strided_lengths(num_bytes)
+def work(side: str, patches: str, num_bytes: int) -> None:
+    """The loop of a worker's process."""
+    lengths_of = blt_peer.variable_lengths if patches == "variable" else blt_peer.strided_lengths
     make = our_train_step if side == "ours" else blt_peer.peer_train_step
-    step = make(tokens, lengths)
-    for _ in range(3):
+    step = make(tokens_of(num_bytes), lengths_of(num_bytes))
+    step()
+    for line in sys.stdin:
+        if line.strip() == "end":
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
+            return
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)
+
+
+def measure(num_bytes: int) -> dict:
+    """One row of the table."""
+    workers = {
+        "ours": Worker("ours", "regular", num_bytes),
+        "ours_variable": Worker("ours", "variable", num_bytes),
+        "peer": Worker("peer", "regular", num_bytes),
+    }
+    times = {name: [] for name in workers}
+    for _ in range(ALTERNATIONS):
+        for name, worker in workers.items():
+            time.sleep(0.3)
+            times[name].append(worker.step())
+    peaks = {name: worker.close() for name, worker in workers.items()}
+    median = {name: float(np.median(values)) for name, values in times.items()}
+    return {
+        "bytes_per_row": num_bytes,
+        "ours_seconds": median["ours"],
+        "peer_seconds": median["peer"],
+        "ours_bytes_per_second": BATCH * num_bytes / median["ours"],
+        "peer_bytes_per_second": BATCH * num_bytes / median["peer"],
+        "ratio": median["peer"] / median["ours"],
+        "variable_over_regular": median["ours_variable"] / median["ours"],
+        "ours_peak_gib": peaks["ours"],
+        "peer_peak_gib": peaks["peer"],
+        "times": times,
+    }
 
 
 def main(argv: list[str]) -> None:
     for argument in argv:
-        if argument.startswith("--memory="):
-            side, num_bytes = argument.removeprefix("--memory=").split(":")
-            return _memory_worker(side, int(num_bytes))
-    import torch
-
-    torch.set_num_threads(2)
-    sizes = (1024, 4096) if "--quick" in argv else (1024, 4096, 8192)
+        if argument.startswith("--worker="):
+            side, patches, num_bytes = argument.removeprefix("--worker=").split(":")
+            return work(side, patches, int(num_bytes))
     rows = []
-    for num_bytes in sizes:
-        tokens = tokens_of(num_bytes)
-        regular, variable = (
-            blt_peer.strided_lengths(num_bytes),
-            blt_peer.variable_lengths(num_bytes),
-        )
-        sides = {
-            "ours": our_train_step(tokens, regular),
-            "ours_variable": our_train_step(tokens, variable),
-            "peer": blt_peer.peer_train_step(tokens, regular),
-        }
-        for step in sides.values():
-            step()
-        times = {name: [] for name in sides}
-        for _ in range(ALTERNATIONS):
-            for name, step in sides.items():
-                times[name].append(seconds(step))
-        median = {name: float(np.median(values)) for name, values in times.items()}
-        del sides
-        row = {
-            "bytes_per_row": num_bytes,
-            "ours_seconds": median["ours"],
-            "peer_seconds": median["peer"],
-            "ours_bytes_per_second": BATCH * num_bytes / median["ours"],
-            "peer_bytes_per_second": BATCH * num_bytes / median["peer"],
-            "ratio": median["peer"] / median["ours"],
-            "variable_over_regular": median["ours_variable"] / median["ours"],
-            "ours_peak_gib": peak_memory("ours", num_bytes),
-            "peer_peak_gib": peak_memory("peer", num_bytes),
-            "times": times,
-        }
-        rows.append(row)
-        print(json.dumps({k: v for k, v in row.items() if k != "times"}), flush=True)
-    for small, large in zip(rows, rows[1:], strict=False):
+    for num_bytes in (4096,) if "--quick" in argv else (1024, 4096, 8192):
+        rows.append(measure(num_bytes))
+        print(json.dumps({k: v for k, v in rows[-1].items() if k != "times"}), flush=True)
+    for small, large in itertools.pairwise(rows):
         doublings = np.log2(large["bytes_per_row"] / small["bytes_per_row"])
-        large["time_per_doubling"] = (large["ours_seconds"] / small["ours_seconds"]) ** (
-            1 / doublings
-        )
+        growth = large["ours_seconds"] / small["ours_seconds"]
+        large["time_per_doubling"] = growth ** (1 / doublings)
     reporting.save("blt_training", __doc__, rows)
 
 
