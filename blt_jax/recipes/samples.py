@@ -3,6 +3,7 @@
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from blt_jax.data.tokenizers import Tokenizer
@@ -32,7 +33,7 @@ def generate_texts(
 
     Returns bytes per second (compiled program, second call) and the decoder's counters per byte.
     """
-    tokens, lengths = encode_prompts(tokenizer, prompts)
+    tokens, lengths = (jnp.asarray(x) for x in encode_prompts(tokenizer, prompts))
     key = jax.random.fold_in(context.key, 1)
     arguments = (sampling, max_new_tokens, tuple(tokenizer.stop_ids), key)
     jax.block_until_ready(generate(decoder, tokens, lengths, *arguments))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from blt_jax.data.loader import DataConfig, evaluation_config, loader
@@ -259,6 +260,29 @@ class Fit:
     metrics: dict[str, float]
 
 
+class _CountedBatches:
+    """An iterator of batches that counts row positions and those without a token."""
+
+    def __init__(self, batches: Iterator):
+        self._batches, self.positions, self.padding = batches, 0, 0
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._batches)
+        if "segment_ids" in batch:
+            self.positions += batch["segment_ids"].size
+            self.padding += int(np.count_nonzero(batch["segment_ids"] == 0))
+        return batch
+
+    def get_state(self) -> Any:
+        return self._batches.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._batches.set_state(state)
+
+
 class _Fitting:
     def __init__(self, config: Pretraining, context: Context, patcher, tokenizer, batches, build):
         self.config, self.context = config, context
@@ -274,16 +298,20 @@ class _Fitting:
         if not self.config.logging.quiet and jax.process_index() == 0:
             print(line, flush=True)
 
-    def open_training_batches(self, data: DataConfig) -> Iterator:
-        self.training_batches = iter(self.open_batches(data))
+    def open_training_batches(self, data: DataConfig) -> "_CountedBatches":
+        self.training_batches = _CountedBatches(iter(self.open_batches(data)))
         return self.training_batches
 
     def packing_numbers(self) -> dict[str, float]:
         """Share of padding and of dropped targets in the rows of the last phase."""
-        if self.batches is not None or self.training_batches is None:
+        batches = self.training_batches
+        if self.batches is not None or batches is None or not batches.positions:
             return {}
-        statistics = statistics_from_state(self.training_batches.get_state())
-        numbers = {"padding_rate": statistics.padding_rate, "drop_rate": statistics.drop_rate}
+        statistics = statistics_from_state(batches.get_state())
+        numbers = {
+            "padding_rate": batches.padding / batches.positions,
+            "drop_rate": statistics.drop_rate,
+        }
         self.say("packing: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
         return numbers
 

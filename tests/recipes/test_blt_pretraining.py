@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -90,8 +91,8 @@ def test_exact_ngram_tables_of_a_run_are_kept_with_it(tmp_path):
     loaded, params = model_files.load_model(tmp_path)
     assert loaded.ngram_tables.keys[3].shape == (96, 3)
     assert model_files.load_patcher(tmp_path) == config.patcher
-    tokens = np.array([[1, 104, 105, 106, 107, 108]], np.int32)
-    output = loaded.apply({"params": params}, tokens, np.ones((1, 7), bool))
+    tokens = jnp.array([[1, 104, 105, 106, 107, 108]], jnp.int32)
+    output = loaded.apply({"params": params}, tokens, jnp.ones((1, 7), bool))
     assert np.isfinite(output.logits).all()
 
 
@@ -108,13 +109,18 @@ def test_patch_figure_has_one_cell_per_byte_and_checks_lengths():
 
 def test_smoke_run_leaves_numbers_figure_patcher_and_text(tmp_path):
     config = runs.smoke()
-    numbers = config.run(make_context(tmp_path, make_mesh(devices=jax.devices()[:1]), jax.random.key(0)))
+    numbers = config.run(
+        make_context(tmp_path, make_mesh(devices=jax.devices()[:1]), jax.random.key(0))
+    )
     assert abs(numbers["patch_size"] / 4.0 - 1) < 0.02
     assert 0 < numbers["bits_per_byte"] < 9
+    assert 0 < numbers["padding_rate"] < 0.5 and numbers["drop_rate"] == 0
     assert model_files.load_patcher(tmp_path).threshold == numbers["threshold"]
     assert (tmp_path / "figures" / "patches.png").stat().st_size > 10_000
     assert (tmp_path / "entropy_model" / "metrics.jsonl").exists()
-    again = config.run(make_context(tmp_path, make_mesh(devices=jax.devices()[:1]), jax.random.key(0)))
+    again = config.run(
+        make_context(tmp_path, make_mesh(devices=jax.devices()[:1]), jax.random.key(0))
+    )
     assert again["bits_per_byte"] == numbers["bits_per_byte"]
     assert "def " in (tmp_path / "texts" / "samples.txt").read_text()
 
