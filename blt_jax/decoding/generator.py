@@ -63,7 +63,7 @@ class Generator:
         return program
 
 
-def statistics(num_bytes: int, seconds: float, counters: dict[str, Any]) -> dict[str, float]:
+def statistics(num_bytes: int, seconds: float, counters: dict[str, Any]) -> dict[str, int | float]:
     """Bytes, bytes per second and, for a BLT, patches and global steps per byte that was read."""
     stats = {"bytes": num_bytes, "bytes_per_second": num_bytes / seconds}
     if "patches" in counters:
@@ -73,7 +73,7 @@ def statistics(num_bytes: int, seconds: float, counters: dict[str, Any]) -> dict
     return stats
 
 
-def format_statistics(stats: dict[str, float]) -> str:
+def format_statistics(stats: dict[str, int | float]) -> str:
     """One line."""
     parts = (
         f"{value:,.3g} {name}" if isinstance(value, float) else f"{value:,} {name}"

@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import jax
 import pytest
 
 from blt_jax.train.launch import load_experiment_file, run_experiment
@@ -15,18 +14,13 @@ NGRAM_GAIN = 0.03
 """Bits per byte that hash n-grams must gain (arXiv 2412.09871, ablation of section 7)."""
 
 
-def kept(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def check_blt(numbers: dict[str, float], seeds: int) -> None:
+def check_blt(numbers: dict[str, float]) -> None:
     metric = "bits_per_byte"
     gain = numbers[f"entropy_4_no_ngrams/{metric}"] - numbers[f"entropy_4/{metric}"]
     assert gain >= NGRAM_GAIN
-    for name in ("strided_4", "space", "entropy_as_space"):
-        assert 0 < numbers[f"{name}/{metric}"] < 8
-        if seeds > 1:
-            assert numbers[f"{name}/interval"] > 0
+    # The gaps between patchers are reported, not judged: every run must only have learned.
+    for name in ("strided_4", "entropy_4", "space", "entropy_as_space"):
+        assert 1 < numbers[f"{name}/{metric}"] < 3
 
 
 def check_llama3(numbers: dict[str, float]) -> None:
@@ -34,28 +28,19 @@ def check_llama3(numbers: dict[str, float]) -> None:
 
 
 def test_blt_proof_shows_the_gain_of_hash_ngrams():
-    results = kept("blt_proof_seeds")
-    assert results["config"]["seeds"] == "(0, 1, 2)"
-    check_blt(results["numbers"], seeds=3)
-
-
-def test_llama3_proof_shows_the_gain_of_annealing():
-    check_llama3(kept("llama3_proof_seeds")["numbers"])
+    check_blt(json.loads((RESULTS / "blt_proof.json").read_text())["numbers"])
 
 
 def test_kept_results_name_commit_device_and_versions():
-    for name in ("blt_tiny", "blt_proof_seeds", "llama3_tiny", "llama3_proof_seeds"):
-        results = kept(name)
-        assert results["device"] and results["versions"]["jax"] and results["commit"]
+    files = sorted(RESULTS.glob("*.json"))
+    assert files
+    for file in files:
+        results = json.loads(file.read_text())
+        assert results["device"] and results["versions"]["jax"] and results["commit"], file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["blt", "llama3"])
-def test_proof_again(system, tmp_path):
+@pytest.mark.parametrize(("system", "check"), [("blt", check_blt), ("llama3", check_llama3)])
+def test_proof_again(system, check, tmp_path):
     config = load_experiment_file(ROOT / "experiments" / f"{system}.py").get_config("proof")
-    numbers = run_experiment(config, tmp_path)
-    if system == "blt":
-        check_blt(numbers, seeds=1)
-    else:
-        check_llama3(numbers)
-    assert jax.default_backend() in ("cpu", "gpu", "tpu")
+    check(run_experiment(config, tmp_path))
