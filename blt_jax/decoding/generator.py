@@ -32,7 +32,7 @@ class Generator:
         self._max_new_tokens, self._num_samples = max_new_tokens, num_samples
         self._programs: dict[int, Callable[..., Any]] = {}
 
-    def __call__(self, prompt: str, key: jax.Array) -> tuple[list[bytes], dict[str, float]]:
+    def __call__(self, prompt: str, key: jax.Array) -> tuple[list[bytes], dict[str, int | float]]:
         """The continuations of a prompt (BOS is added), and what `statistics` counts."""
         ids = np.asarray(self._tokenizer.encode(prompt, bos=True), np.int32)
         padded = max(SHORTEST, 1 << (len(ids) - 1).bit_length())
