@@ -101,7 +101,7 @@ def smoke() -> BLTPretraining:
     )
 
 
-TINY_BYTES, TINY_LENGTH, TINY_ROWS, TINY_STEPS = 4_000_000, 1024, 8, 500
+TINY_BYTES, TINY_LENGTH, TINY_ROWS, TINY_STEPS = 4_000_000, 1024, 8, 400
 TINY_SCHEDULE = Schedule(learning_rate=2e-3, warmup_steps=50)
 
 
