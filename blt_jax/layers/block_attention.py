@@ -2,9 +2,8 @@
 
 Scores are held with keys as rows: the products of the backward pass then run over contiguous
 rows, and the reductions of the softmax over the leading axis, which is several times faster on
-CPU than the other way round. Keys and values are laid out by head once and kept that way for the
-backward pass; queries, outputs and their gradients change layout block by block, in cache. The
-log-sum-exp of the scores is kept too, so that the backward pass can compute the weights again.
+CPU than the other way round. All arrays are laid out by head once, before the blocks. The
+log-sum-exp of the scores is kept, so that the backward pass can compute the weights again.
 
 Axis letters beyond the usual ones: R query heads per kv head; T and S are also the queries and
 keys of one block.
@@ -95,43 +94,51 @@ def _attention_forward(q, k, v, segment_ids, plan, scale):
     # Tied to q: masks alone do not change from layer to layer, and jax would compute those of
     # all blocks ahead of a scan over layers and store them.
     q, segment_ids = lax.optimization_barrier((q, segment_ids))
+    q_BTGRK = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(B, T, G, H // G, K)
     inputs = _Inputs(
-        q.reshape(B, T, G, H // G, K),
+        jnp.transpose(q_BTGRK, (0, 2, 3, 1, 4)),
         _pad_front(jnp.swapaxes(k, 1, 2), reach, 2),
         _pad_front(jnp.swapaxes(v, 1, 2), reach, 2),
         jnp.where(segment_ids > 0, segment_ids, -1),
         _pad_front(segment_ids, reach, 1),
     )
     forward = {"window": _window_forward, "triangle": _triangle_forward, "tiles": _tiles_forward}
-    out_BTGRK, lse_BGRT = forward[plan.form](inputs, plan, scale)
-    out, lse_BGRT = checkpoint_name((out_BTGRK.reshape(q.shape), lse_BGRT), "attention")
+    out_BGRTK, lse_BGRT = forward[plan.form](inputs, plan)
+    out = jnp.transpose(out_BGRTK, (0, 3, 1, 2, 4)).reshape(q.shape)
+    out, lse_BGRT = checkpoint_name((out, lse_BGRT), "attention")
     return out, (inputs, out, lse_BGRT)
 
 
 def _attention_backward(plan, scale, residuals, g):
     inputs, out, lse_BGRT = residuals
     inputs, g = lax.optimization_barrier((inputs, g))
-    g_BTGRK = g.reshape(inputs.q_BTGRK.shape)
-    cotangent = _Cotangent(g_BTGRK, out.reshape(g_BTGRK.shape), lse_BGRT)
+    B, G, R, T, K = inputs.q_BGRTK.shape
+    mean_BTH = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    cotangent = _Cotangent(
+        jnp.transpose(g.reshape(B, T, G, R, K), (0, 2, 3, 1, 4)),
+        jnp.transpose(mean_BTH.reshape(B, T, G, R), (0, 2, 3, 1)),
+        lse_BGRT,
+    )
     backward = {
         "window": _window_backward,
         "triangle": _triangle_backward,
         "tiles": _tiles_backward,
     }
-    d_q_BTGRK, d_k_BGSK, d_v_BGSK = backward[plan.form](inputs, cotangent, plan, scale)
+    d_q_BGRTK, d_k_BGSK, d_v_BGSK = backward[plan.form](inputs, cotangent, plan)
     reach, dtype = _reach(plan), inputs.k_BGSK.dtype
     d_k, d_v = (jnp.swapaxes(x[:, :, reach:], 1, 2).astype(dtype) for x in (d_k_BGSK, d_v_BGSK))
-    return d_q_BTGRK.reshape(g.shape), d_k, d_v, None
+    d_q = jnp.transpose(d_q_BGRTK, (0, 3, 1, 2, 4)).reshape(g.shape)
+    return (d_q * scale).astype(dtype), d_k, d_v, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
 class _Inputs(NamedTuple):
-    """Queries, and keys with those that nobody sees in front. Padding has the segment -1 among
+    """Scaled queries, and keys with those that nobody sees in front. Padding has the segment -1 among
     the queries and 0 among the keys, so it meets nothing."""
 
-    q_BTGRK: jax.Array
+    q_BGRTK: jax.Array
     k_BGSK: jax.Array
     v_BGSK: jax.Array
     query_segments_BT: jax.Array
@@ -139,7 +146,7 @@ class _Inputs(NamedTuple):
 
     def queries(self, start, size):
         return self._replace(
-            q_BTGRK=_slice(self.q_BTGRK, start, size, 1),
+            q_BGRTK=_slice(self.q_BGRTK, start, size, 3),
             query_segments_BT=_slice(self.query_segments_BT, start, size, 1),
         )
 
@@ -152,16 +159,17 @@ class _Inputs(NamedTuple):
 
 
 class _Cotangent(NamedTuple):
-    """Gradient of the output, the output, and the log-sum-exp of the scores."""
+    """Gradient of the output, its product with the output summed over K, and the log-sum-exp of
+    the scores."""
 
-    g_BTGRK: jax.Array
-    out_BTGRK: jax.Array
+    g_BGRTK: jax.Array
+    mean_BGRT: jax.Array
     lse_BGRT: jax.Array
 
     def queries(self, start, size):
         return _Cotangent(
-            _slice(self.g_BTGRK, start, size, 1),
-            _slice(self.out_BTGRK, start, size, 1),
+            _slice(self.g_BGRTK, start, size, 3),
+            _slice(self.mean_BGRT, start, size, 3),
             _slice(self.lse_BGRT, start, size, 3),
         )
 
@@ -178,12 +186,9 @@ def _pad_front(x, size, axis):
     return jnp.pad(x, [(size, 0) if i == axis else (0, 0) for i in range(x.ndim)])
 
 
-def _by_head(x_BTGRK):
-    return jnp.transpose(x_BTGRK, (0, 2, 3, 1, 4))
-
-
-def _by_position(x_BGKRT):
-    return jnp.transpose(x_BGKRT, (0, 4, 1, 3, 2))
+def _rows(x_BGKRT):
+    """[B, G, R, T, K]"""
+    return jnp.transpose(x_BGKRT, (0, 1, 3, 4, 2))
 
 
 def _add_slice(x, update, start, axis):
@@ -194,20 +199,16 @@ def _add_slice(x, update, start, axis):
 # One block of queries with one block of keys.
 
 
-def _scaled(q_BTGRK, scale):
-    return _by_head((q_BTGRK.astype(jnp.float32) * scale).astype(q_BTGRK.dtype))
-
-
-def _scores(here: _Inputs, q_BGRTK, distance, window):
+def _scores(here: _Inputs, distance, window):
     """Masked scores [B, G, S, R, T]; `distance` is that from the first query to the first key."""
-    T, S = q_BGRTK.shape[3], here.k_BGSK.shape[2]
+    T, S = here.q_BGRTK.shape[3], here.k_BGSK.shape[2]
     distance_ST = distance + jnp.arange(T)[None, :] - jnp.arange(S)[:, None]
     seen_ST = distance_ST >= 0
     if window:
         seen_ST &= distance_ST < window
     same_BST = here.query_segments_BT[:, None, :] == here.key_segments_BS[:, :, None]
     seen_BGSRT = (seen_ST[None] & same_BST)[:, None, :, None]
-    scores = _product("bgsk,bgrtk->bgsrt", here.k_BGSK, q_BGRTK)
+    scores = _product("bgsk,bgrtk->bgsrt", here.k_BGSK, here.q_BGRTK)
     return jnp.where(seen_BGSRT, scores, NEGATIVE)
 
 
@@ -225,9 +226,9 @@ def _sum_over_keys(x_BGSK, weights_BGSRT):
     return _product("bgks,bgsrt->bgkrt", x_BGKS, weights_BGSRT)
 
 
-def _block_forward(here: _Inputs, scale, distance, window):
+def _block_forward(here: _Inputs, distance, window):
     """Maximum, sum of weights, and weighted values, the latter two relative to the maximum."""
-    scores_BGSRT = _scores(here, _scaled(here.q_BTGRK, scale), distance, window)
+    scores_BGSRT = _scores(here, distance, window)
     maximum_BGRT = scores_BGSRT.max(2)
     weights_BGSRT = jnp.exp(scores_BGSRT - maximum_BGRT[:, :, None])
     values_BGKRT = _sum_over_keys(here.v_BGSK, weights_BGSRT.astype(here.v_BGSK.dtype))
@@ -244,35 +245,27 @@ def _combine(left, right):
 
 
 def _finish(statistics, here: _Inputs):
-    """Output [B, T, G, R, K] and log-sum-exp [B, G, R, T]; both are 0 for padding."""
+    """Output [B, G, R, T, K] and log-sum-exp [B, G, R, T]; both are 0 for padding."""
     maximum_BGRT, total_BGRT, values_BGKRT = statistics
     real_BT = here.query_segments_BT > 0
     out_BGKRT = values_BGKRT / total_BGRT[:, :, None]
     out_BGKRT = jnp.where(real_BT[:, None, None, None], out_BGKRT, 0.0)
     lse_BGRT = jnp.where(real_BT[:, None, None], maximum_BGRT + jnp.log(total_BGRT), 0.0)
-    return _by_position(out_BGKRT.astype(here.q_BTGRK.dtype)), lse_BGRT
+    return _rows(out_BGKRT.astype(here.q_BGRTK.dtype)), lse_BGRT
 
 
-def _block_backward(here: _Inputs, cotangent: _Cotangent, scale, distance, window):
-    """float32 gradients of queries [B, G, K, R, T], before the scale, keys and values."""
+def _block_backward(here: _Inputs, cotangent: _Cotangent, distance, window):
+    """float32 gradients of the scaled queries [B, G, R, T, K], keys and values."""
     dtype = here.k_BGSK.dtype
-    q_BGRTK, g_BGRTK = _scaled(here.q_BTGRK, scale), _by_head(cotangent.g_BTGRK)
-    scores_BGSRT = _scores(here, q_BGRTK, distance, window)
-    weights_BGSRT = jnp.exp(scores_BGSRT - cotangent.lse_BGRT[:, :, None])
-    d_weights_BGSRT = _product("bgsk,bgrtk->bgsrt", here.v_BGSK, g_BGRTK)
-    out_BGRTK = _by_head(cotangent.out_BTGRK).astype(jnp.float32)
-    mean_BGRT = (g_BGRTK.astype(jnp.float32) * out_BGRTK).sum(-1)
-    d_scores_BGSRT = weights_BGSRT * (d_weights_BGSRT - mean_BGRT[:, :, None])
+    weights_BGSRT = jnp.exp(_scores(here, distance, window) - cotangent.lse_BGRT[:, :, None])
+    d_weights_BGSRT = _product("bgsk,bgrtk->bgsrt", here.v_BGSK, cotangent.g_BGRTK)
+    d_scores_BGSRT = weights_BGSRT * (d_weights_BGSRT - cotangent.mean_BGRT[:, :, None])
     weights_BGSRT, d_scores_BGSRT = weights_BGSRT.astype(dtype), d_scores_BGSRT.astype(dtype)
     return (
-        _sum_over_keys(here.k_BGSK, d_scores_BGSRT),
-        _product("bgsrt,bgrtk->bgsk", d_scores_BGSRT, q_BGRTK),
-        _product("bgsrt,bgrtk->bgsk", weights_BGSRT, g_BGRTK),
+        _rows(_sum_over_keys(here.k_BGSK, d_scores_BGSRT)),
+        _product("bgsrt,bgrtk->bgsk", d_scores_BGSRT, here.q_BGRTK),
+        _product("bgsrt,bgrtk->bgsk", weights_BGSRT, cotangent.g_BGRTK),
     )
-
-
-def _finish_d_q(d_q_BGKRT, here: _Inputs, scale):
-    return _by_position((d_q_BGKRT * scale).astype(here.q_BTGRK.dtype))
 
 
 # A window: one slice of keys per block of queries.
@@ -286,34 +279,34 @@ def _reach(plan: Plan) -> int:
     return -(-(plan.window - 1) // unit) * unit
 
 
-def _window_forward(inputs: _Inputs, plan: Plan, scale):
+def _window_forward(inputs: _Inputs, plan: Plan):
     reach = _reach(plan)
 
     def block(_, start):
         here = inputs.queries(start, plan.block).keys(start, reach + plan.block)
-        return None, _finish(_block_forward(here, scale, reach, plan.window), here)
+        return None, _finish(_block_forward(here, reach, plan.window), here)
 
     _, (out, lse) = lax.scan(block, None, _starts(inputs, plan))
-    return _join(out, 1), _join(lse, 3)
+    return _join(out, 3), _join(lse, 3)
 
 
-def _window_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan, scale):
+def _window_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
     reach = _reach(plan)
 
     def block(gradients, start):
         here = inputs.queries(start, plan.block).keys(start, reach + plan.block)
         there = cotangent.queries(start, plan.block)
-        d_q, *new = _block_backward(here, there, scale, reach, plan.window)
+        d_q, *new = _block_backward(here, there, reach, plan.window)
         gradients = [_add_slice(x, y, start, 2) for x, y in zip(gradients, new, strict=True)]
-        return gradients, _finish_d_q(d_q, here, scale)
+        return gradients, d_q
 
     zeros = [jnp.zeros(inputs.k_BGSK.shape, jnp.float32)] * 2
     (d_k, d_v), d_q = lax.scan(block, zeros, _starts(inputs, plan))
-    return _join(d_q, 1), d_k, d_v
+    return _join(d_q, 3), d_k, d_v
 
 
 def _starts(inputs: _Inputs, plan: Plan) -> jax.Array:
-    return jnp.arange(0, inputs.q_BTGRK.shape[1], plan.block, dtype=jnp.int32)
+    return jnp.arange(0, inputs.q_BGRTK.shape[3], plan.block, dtype=jnp.int32)
 
 
 def _join(x, axis):
@@ -333,27 +326,27 @@ def _spans(length: int, block: int) -> list[tuple[int, int]]:
     return list(zip(starts, np.diff([*starts, length]).tolist(), strict=True))
 
 
-def _triangle_forward(inputs: _Inputs, plan: Plan, scale):
+def _triangle_forward(inputs: _Inputs, plan: Plan):
     parts = []
-    for start, size in _spans(inputs.q_BTGRK.shape[1], plan.block):
+    for start, size in _spans(inputs.q_BGRTK.shape[3], plan.block):
         here = inputs.queries(start, size).keys(0, start + size)
-        parts.append(_finish(_block_forward(here, scale, start, 0), here))
+        parts.append(_finish(_block_forward(here, start, 0), here))
     out, lse = zip(*parts, strict=True)
-    return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=3)
+    return jnp.concatenate(out, axis=3), jnp.concatenate(lse, axis=3)
 
 
-def _triangle_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan, scale):
+def _triangle_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
     d_q, d_k, d_v = [], None, None
-    for start, size in reversed(_spans(inputs.q_BTGRK.shape[1], plan.block)):
+    for start, size in reversed(_spans(inputs.q_BGRTK.shape[3], plan.block)):
         here = inputs.queries(start, size).keys(0, start + size)
         there = cotangent.queries(start, size)
-        new_d_q, new_d_k, new_d_v = _block_backward(here, there, scale, start, 0)
-        d_q.insert(0, _finish_d_q(new_d_q, here, scale))
+        new_d_q, new_d_k, new_d_v = _block_backward(here, there, start, 0)
+        d_q.insert(0, new_d_q)
         if d_k is None:
             d_k, d_v = new_d_k, new_d_v
         else:
             d_k, d_v = _add_slice(d_k, new_d_k, 0, 2), _add_slice(d_v, new_d_v, 0, 2)
-    return jnp.concatenate(d_q, axis=1), d_k, d_v
+    return jnp.concatenate(d_q, axis=3), d_k, d_v
 
 
 # Long rows: tiles of queries and keys, as many as the mask needs.
@@ -366,16 +359,16 @@ def _first_tile(index, plan: Plan):
     return jnp.maximum(index * plan.block - (plan.window - 1), 0) // plan.block
 
 
-def _tiles_forward(inputs: _Inputs, plan: Plan, scale):
+def _tiles_forward(inputs: _Inputs, plan: Plan):
     def tile(_, index):
         here = inputs.queries(index * plan.block, plan.block)
 
         def one(other, statistics):
             there = here.keys(other * plan.block, plan.block)
             distance = (index - other) * plan.block
-            return _combine(statistics, _block_forward(there, scale, distance, plan.window))
+            return _combine(statistics, _block_forward(there, distance, plan.window))
 
-        B, T, G, R, K = here.q_BTGRK.shape
+        B, G, R, T, K = here.q_BGRTK.shape
         nothing = (
             jnp.full((B, G, R, T), NEGATIVE, jnp.float32),
             jnp.zeros((B, G, R, T), jnp.float32),
@@ -385,10 +378,10 @@ def _tiles_forward(inputs: _Inputs, plan: Plan, scale):
         return None, _finish(statistics, here)
 
     _, (out, lse) = lax.scan(tile, None, _starts(inputs, plan) // plan.block)
-    return _join(out, 1), _join(lse, 3)
+    return _join(out, 3), _join(lse, 3)
 
 
-def _tiles_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan, scale):
+def _tiles_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
     def tile(gradients, index):
         here = inputs.queries(index * plan.block, plan.block)
         there = cotangent.queries(index * plan.block, plan.block)
@@ -398,16 +391,16 @@ def _tiles_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan, scale):
             start = other * plan.block
             distance = (index - other) * plan.block
             new_d_q, new_d_k, new_d_v = _block_backward(
-                here.keys(start, plan.block), there, scale, distance, plan.window
+                here.keys(start, plan.block), there, distance, plan.window
             )
             d_k, d_v = _add_slice(d_k, new_d_k, start, 2), _add_slice(d_v, new_d_v, start, 2)
             return d_q + new_d_q, d_k, d_v
 
-        B, T, G, R, K = here.q_BTGRK.shape
-        carry = (jnp.zeros((B, G, K, R, T), jnp.float32), *gradients)
+        B, G, R, T, K = here.q_BGRTK.shape
+        carry = (jnp.zeros((B, G, R, T, K), jnp.float32), *gradients)
         d_q, *gradients = lax.fori_loop(_first_tile(index, plan), index + 1, one, carry)
-        return gradients, _finish_d_q(d_q, here, scale)
+        return gradients, d_q
 
     zeros = [jnp.zeros(inputs.k_BGSK.shape, jnp.float32)] * 2
     (d_k, d_v), d_q = lax.scan(tile, zeros, _starts(inputs, plan) // plan.block)
-    return _join(d_q, 1), d_k, d_v
+    return _join(d_q, 3), d_k, d_v
