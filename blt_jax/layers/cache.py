@@ -124,22 +124,25 @@ class LayerCache:
     def slots(self) -> int:
         return sum(chunk.shape[2] for chunk in self.key)
 
-    def write(self, key, value, slot) -> "LayerCache":
-        """Writes key, value [B, G, K] into `slot` [B]; slots outside 0..slots-1 write nothing.
+    def write(self, key, value, slot, rows=None) -> "LayerCache":
+        """Writes key, value [C, G, K] into `slot` [C] of `rows` [C], None for all in order.
 
-        Write before reading: XLA:CPU copies a buffer that is read and afterwards written.
+        Slots outside 0..slots-1 and rows outside 0..B-1 write nothing. Write before reading:
+        XLA:CPU copies a buffer that is read and afterwards written.
         """
 
         def place(chunks, x):
             written, start = [], 0
             for chunk in chunks:
                 B, G, S, K = chunk.shape
-                row = jnp.arange(B * G, dtype=jnp.int32)
+                row = jnp.arange(G, dtype=jnp.int32)
+                every = jnp.arange(B, dtype=jnp.int32) if rows is None else rows
+                row = (every[:, None] * G + row[None, :]).reshape(-1)
                 inside = (slot >= start) & (slot < start + S)
                 index = jnp.repeat(jnp.where(inside, slot - start, S), G)
                 # One axis of rows and heads: with B = 1 the axis of size 1 would cost two copies.
                 flat = chunk.reshape(B * G, S, K)
-                flat = flat.at[row, index].set(x.reshape(B * G, K).astype(chunk.dtype), mode="drop")
+                flat = flat.at[row, index].set(x.reshape(-1, K).astype(chunk.dtype), mode="drop")
                 written.append(flat.reshape(chunk.shape))
                 start += S
             return tuple(written)

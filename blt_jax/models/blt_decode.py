@@ -10,8 +10,8 @@ reads a byte:
             -> if so: pool, cross-attention, latent transformer, new context -> decoder -> logits
 
 so the latent transformer runs once per patch, and the logits equal those of the full forward pass.
-Rows close patches at different times: it runs when some row does, and each row keeps its own
-result only when it closed a patch.
+Rows close patches at different times: it runs when some row does, on the closing rows alone while
+they are few.
 
 Axes as in blt.py; R slots for the bytes of the open patch.
 """
@@ -340,12 +340,7 @@ def _step(decoder: BLTDecoder, tokens, cache: BLTCache, active):
         closes &= active
         any_closes = jnp.any(closes)
 
-    def close(latent, context):
-        return _close_patch(decoder, patch, position, closes, latent, context)
-
-    latent, context = jax.lax.cond(
-        any_closes, close, lambda latent, context: (latent, context), cache.latent, cache.context
-    )
+    latent, context = _close_patches(decoder, patch, position, closes, cache)
     begins = jnp.concatenate([patch.begins[:, 1:], position[:, None] + 1], axis=1)
     patch = patch.replace(
         length=jnp.where(closes, 0, patch.length),
@@ -491,21 +486,60 @@ def _pooled(config: BLTConfig, pool, length):
     return pooled.astype(config.precision.dtype)
 
 
-def _close_patch(decoder: BLTDecoder, patch: OpenPatch, position, closes, latent, context):
-    """Runs the latent transformer on the open patch of every row; rows that close keep it."""
+FEW_ROWS = 4
+"""Up to one row in FEW_ROWS closing its patch counts as few."""
+
+
+def _close_patches(decoder: BLTDecoder, patch: OpenPatch, position, closes, cache: BLTCache):
+    """The latent cache and the context after the rows `closes` [B] closed their patches."""
+    B = closes.shape[0]
+    few = max(B // FEW_ROWS, 1)
+
+    def keep(latent, context):
+        return latent, context
+
+    def close_few(latent, context):
+        rows = jnp.nonzero(closes, size=few, fill_value=B)[0].astype(jnp.int32)
+
+        def take(x):
+            return jnp.take(x, rows, axis=0, mode="clip")
+
+        few_patch = jax.tree.map(take, patch.replace(bytes=())).replace(bytes=patch.bytes)
+        old = jax.tree.map(take, context)
+        latent, new = _close_patch(decoder, few_patch, take(position), rows < B, latent, old, rows)
+        return latent, jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), context, new)
+
+    def close_all(latent, context):
+        return _close_patch(decoder, patch, position, closes, latent, context)
+
+    # Two conditionals one after the other: of one with three branches XLA:CPU copies the caches.
+    count = jnp.sum(closes, dtype=jnp.int32)
+    state = (cache.latent, cache.context)
+    if few == B:
+        return jax.lax.cond(count > 0, close_all, keep, *state)
+    state = jax.lax.cond((count > 0) & (count <= few), close_few, keep, *state)
+    return jax.lax.cond(count > few, close_all, keep, *state)
+
+
+def _close_patch(decoder, patch: OpenPatch, position, closes, latent, context, rows=None):
+    """Runs the latent transformer on the open patch of every row; rows that close keep it.
+
+    rows: the rows of the caches (latent, bytes of the open patch) that the other arguments are
+    about, None for all.
+    """
     config, params, weights = decoder.config, decoder.params, decoder.weights
     with jax.named_scope("patch_encoder"):
-        x = _patch_vectors(config, params, weights, patch, position)
+        x = _patch_vectors(config, params, weights, patch, position, rows)
     with jax.named_scope("latent"):
         if "latent_projection" in params:
             x = x @ params["latent_projection"]["kernel"].astype(x.dtype)
-        x, latent = step.transformer_step(config.latent, weights.latent, x, latent, closes)
+        x, latent = step.transformer_step(config.latent, weights.latent, x, latent, closes, rows)
         x = x @ params["context_projection"]["kernel"].astype(x.dtype)
     with jax.named_scope("context"):
         return latent, _new_context(config, weights, x, closes, context)
 
 
-def _patch_vectors(config: BLTConfig, params, weights, patch: OpenPatch, position):
+def _patch_vectors(config: BLTConfig, params, weights, patch: OpenPatch, position, rows):
     """The k vectors of the open patch side by side [B, k D] (Eq. 5-8)."""
     B, Q, D = position.shape[0], config.cross_attn_k, config.local_encoder.d_model
     H, _, K = config.cross_shape("encoder")
@@ -526,7 +560,7 @@ def _patch_vectors(config: BLTConfig, params, weights, patch: OpenPatch, positio
         q = rms_norm(x, cross.query_norm, config.local_encoder.norm_eps) @ cross.query
         # The k queries of a patch see the same keys: they act as k times as many heads.
         q = jnp.swapaxes(q.reshape(B, Q, H, K), 1, 2).reshape(B, H * Q, K)
-        out = step.attend_slots(q, cache, begin, end).reshape(B, H, Q, K)
+        out = step.attend_slots(q, cache, begin, end, rows).reshape(B, H, Q, K)
         out = jnp.swapaxes(out, 1, 2).reshape(B, Q, H * K) @ cross.out
         x = (x if config.residual is Residual.SINGLE else 2.0 * x) + out
     return x.reshape(B, Q * D)

@@ -161,6 +161,16 @@ def test_every_patcher(name):
     check(decoder, tokens, [1, 6, 17])
 
 
+@pytest.mark.parametrize("patch_window", [1, 2])
+def test_few_rows_close(patch_window):
+    """Of eight rows none, one, two (few) or more close a patch at a byte."""
+    decoder = make(small(patch_window=patch_window), PATCHERS["space"])
+    tokens = documents([40] * 8)
+    _, starts = check(decoder, tokens, [1, 2, 3, 5, 8, 13, 21, 30])
+    closing = set(np.asarray(starts)[:, 30:40].sum(0).tolist())
+    assert {1, 2} <= closing and max(closing) > 2
+
+
 CROSS, CONTEXT = blt.EncoderCrossAttention, blt.DecoderCrossAttention
 OPTIONS = {
     "one_layer_input_k1": small(
