@@ -12,19 +12,20 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 ROWS = (
     ("blt_tiny", "BLT `tiny`, held-out bits per byte", "bits_per_byte"),
-    ("blt_proof", "BLT, strided patches of 4", "strided_4"),
-    ("blt_proof", "BLT, entropy patches of 4", "entropy_4"),
-    ("blt_proof", "BLT, entropy patches of 4, no hash n-grams", "entropy_4_no_ngrams"),
-    ("blt_proof", "BLT, space patches", "space"),
-    ("blt_proof", "BLT, entropy patches of that size", "entropy_as_space"),
+    ("blt_proof_seeds", "BLT, strided patches of 4", "strided_4"),
+    ("blt_proof_seeds", "BLT, entropy patches of 4", "entropy_4"),
+    ("blt_proof_seeds", "BLT, entropy patches of 4, no hash n-grams", "entropy_4_no_ngrams"),
+    ("blt_proof_seeds", "BLT, space patches", "space"),
+    ("blt_proof_seeds", "BLT, entropy patches of that size", "entropy_as_space"),
     ("llama3_tiny", "Byte-level Llama 3 `tiny`, held-out bits per byte", "bits_per_byte"),
-    ("llama3_proof", "Llama 3, constant learning rate", "constant"),
-    ("llama3_proof", "Llama 3, last fifth annealed", "annealed"),
+    ("llama3_proof_seeds", "Llama 3, constant learning rate", "constant"),
+    ("llama3_proof_seeds", "Llama 3, last fifth annealed", "annealed"),
 )
 
 
 def table() -> str:
-    """Markdown table with one line per kept number; runs that are not kept have none."""
+    """Markdown table with one line per kept number, over seeds its 95 % interval; runs that are not
+    kept have none."""
     lines = ["| run | bits per byte | minutes | device, date |", "|---|---|---|---|"]
     for name, label, key in ROWS:
         file = HERE / f"{name}.json"
