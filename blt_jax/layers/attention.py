@@ -1,11 +1,10 @@
-"""Causal self-attention over packed rows, and attention over a cache."""
+"""Causal self-attention over packed rows."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers.block_attention import block_attention
-from blt_jax.layers.cache import KVCache
 from blt_jax.layers.masks import NEGATIVE, causal_mask
 
 MAX_DENSE = 128
@@ -76,34 +75,3 @@ def dense_causal_attention(
     index_T = jnp.arange(q.shape[1])
     mask = causal_mask(index_T, index_T, segment_ids, segment_ids, window)
     return masked_attention(q, k, v, mask, scale=scale)
-
-
-def cached_attention(
-    q: Float[Array, "B 1 H K"],
-    k: Float[Array, "B 1 G K"],
-    v: Float[Array, "B 1 G K"],
-    cache: KVCache,
-    layer: Int[Array, ""],
-    *,
-    scale: float | None = None,
-) -> Float[Array, "B 1 H K"]:
-    """One query per row over the cached tokens of `layer` and itself (its own k, v).
-
-    A full ring drops its oldest token, which leaves the window with the new one in it.
-    """
-    (B, _, H, K), G, S = q.shape, k.shape[2], cache.slots
-    scale = K**-0.5 if scale is None else scale
-    slot_S = jnp.arange(S)
-    expiring = (cache.lengths[:, None] >= S) & (slot_S[None, :] == (cache.lengths % S)[:, None])
-    mask_BS = cache.valid() & ~expiring
-    key_BGSK = jax.lax.dynamic_index_in_dim(cache.key, layer, 0, keepdims=False)
-    value_BGSK = jax.lax.dynamic_index_in_dim(cache.value, layer, 0, keepdims=False)
-    q_BGRK = (q[:, 0] * scale).reshape(B, G, H // G, K)
-    old = jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, key_BGSK, preferred_element_type=jnp.float32)
-    old = jnp.where(mask_BS[:, None, None], old, NEGATIVE)
-    own = jnp.einsum("bgrk,bgk->bgr", q_BGRK, k[:, 0], preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.concatenate([old, own[..., None]], axis=-1), axis=-1)
-    weights = weights.astype(v.dtype)
-    out = jnp.einsum("bgrs,bgsk->bgrk", weights[..., :-1], value_BGSK)
-    out = out + weights[..., -1:] * v[:, 0, :, None]
-    return out.reshape(B, 1, H, K)

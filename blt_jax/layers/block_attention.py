@@ -135,8 +135,10 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 class _Inputs(NamedTuple):
-    """Scaled queries, and keys with those that nobody sees in front. Padding has the segment -1 among
-    the queries and 0 among the keys, so it meets nothing."""
+    """Scaled queries, and keys with those that nobody sees in front.
+
+    Padding has the segment -1 among the queries and 0 among the keys, so it meets nothing.
+    """
 
     q_BGRTK: jax.Array
     k_BGSK: jax.Array

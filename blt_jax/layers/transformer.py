@@ -12,8 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules, constrain
-from blt_jax.layers.attention import cached_attention, causal_attention
-from blt_jax.layers.cache import KVCache
+from blt_jax.layers.attention import causal_attention
 from blt_jax.layers.mlp import SwiGLU
 from blt_jax.layers.norms import RMSNorm
 from blt_jax.layers.projection import (
@@ -127,7 +126,7 @@ class SelfAttention(nn.Module):
     sharding: ShardingRules
 
     @nn.compact
-    def __call__(self, x, rope, segment_ids, cache, layer, divisor):
+    def __call__(self, x, rope, segment_ids, divisor):
         config = self.config
         shape = (config.d_model, config.head_width, config.num_heads, config.kv_heads)
         d_model, K, H, G = shape
@@ -148,10 +147,7 @@ class SelfAttention(nn.Module):
         k = checkpoint_name(constrain(project(x, wk), kv_names, self.sharding), "qkv")
         v = checkpoint_name(constrain(project(x, wv), kv_names, self.sharding), "qkv")
         q, k = rotate(q, rope, config.rope.layout), rotate(k, rope, config.rope.layout)
-        if cache is None:
-            out = causal_attention(q, k, v, segment_ids, window=config.window)
-        else:
-            out = cached_attention(q, k, v, cache, layer)
+        out = causal_attention(q, k, v, segment_ids, window=config.window)
         out = checkpoint_name(constrain(out, names, self.sharding), "attention")
         return project(out, wo, num_input_axes=2), KeyValues(k, v)
 
@@ -162,7 +158,7 @@ class Block(nn.Module):
     config: TransformerConfig
     sharding: ShardingRules
     emit_key_values: bool = False
-    """Return the keys and values of this layer (prefill and decoding); None in training."""
+    """Return the keys and values of this layer (prefill); None in training."""
 
     @nn.compact
     def __call__(
@@ -171,14 +167,13 @@ class Block(nn.Module):
         layer: Int[Array, ""],
         rope: Float[Array, "B T K"],
         segment_ids: Int[Array, "B T"],
-        cache: KVCache | None,
     ):
         config = self.config
         divisor = depth_divisor(config.depth_scaling, layer, config.num_layers, config.d_model)
         with jax.named_scope("attention"):
             h = RMSNorm(config.norm_eps, name="attention_norm")(x)
             attention = SelfAttention(config, self.sharding, name="attention")
-            h, key_values = attention(h, rope, segment_ids, cache, layer, divisor)
+            h, key_values = attention(h, rope, segment_ids, divisor)
             x = x + h
         with jax.named_scope("mlp"):
             h = RMSNorm(config.norm_eps, name="mlp_norm")(x)
@@ -216,16 +211,15 @@ class Transformer(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        cache: KVCache | None = None,
         emit_key_values: bool = False,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
-        """Training (no cache), prefill (emit_key_values) or one step (cache, T = 1).
+        """The hidden states and, if asked for (prefill), the keys and values of all layers.
 
-        Returns the hidden states and, if asked for or in a step, the new keys and values.
+        One token at a time goes through `layers.step`.
         """
-        stack = scan_blocks(Block, self.config, 3)(
-            self.config, self.sharding, emit_key_values or cache is not None, name="layers"
+        stack = scan_blocks(Block, self.config, 2)(
+            self.config, self.sharding, emit_key_values, name="layers"
         )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         rope = rope_table(positions, self.config.rope, self.config.head_width)
-        return stack(x, layers, rope, segment_ids, cache)
+        return stack(x, layers, rope, segment_ids)

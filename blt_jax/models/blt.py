@@ -39,11 +39,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from blt_jax.dist.sharding import ShardingRules, constrain
-from blt_jax.layers.cache import KVCache
 from blt_jax.layers.embed import Embed, Head, check_token_ids
 from blt_jax.layers.losses import cross_entropy_sums
 from blt_jax.layers.model import LossSums, Model
-from blt_jax.layers.norms import RMSNorm, rms_norm
+from blt_jax.layers.norms import RMSNorm
 from blt_jax.layers.projection import (
     depth_divisor,
     project,
@@ -262,8 +261,7 @@ class CrossAttention(nn.Module):
     shape: tuple[int, int, int]
 
     @nn.compact
-    def __call__(self, x, context, attend, layer, key_values=None):
-        """key_values: those of the context if they are known already, [..., G, K] each."""
+    def __call__(self, x, context, attend, layer):
         config, (H, G, K), d_model = self.config, self.shape, x.shape[-1]
         divisor = depth_divisor(config.depth_scaling, layer, config.num_layers, d_model)
 
@@ -274,11 +272,10 @@ class CrossAttention(nn.Module):
         wq = kernel("query", (d_model, H, K), ("embed", "heads", "head_dim"), d_model)
         wo = kernel("out", (H, K, d_model), ("heads", "head_dim", "embed"), H * K)
         q = project(RMSNorm(config.norm_eps, name="query_norm")(x), wq)
-        if key_values is None:
-            wk = kernel("key", (d_model, G, K), ("embed", "kv_heads", "head_dim"), d_model)
-            wv = kernel("value", (d_model, G, K), ("embed", "kv_heads", "head_dim"), d_model)
-            context = RMSNorm(config.norm_eps, name="key_norm")(context)
-            key_values = project(context, wk), project(context, wv)
+        wk = kernel("key", (d_model, G, K), ("embed", "kv_heads", "head_dim"), d_model)
+        wv = kernel("value", (d_model, G, K), ("embed", "kv_heads", "head_dim"), d_model)
+        context = RMSNorm(config.norm_eps, name="key_norm")(context)
+        key_values = project(context, wk), project(context, wv)
         if G != H:
             key_values = tuple(jnp.repeat(part, H // G, axis=-2) for part in key_values)
         return project(attend(q, *key_values), wo, num_input_axes=2)
@@ -376,17 +373,17 @@ class DecoderLayer(nn.Module):
     emit_key_values: bool
 
     @nn.compact
-    def __call__(self, x, layer, key_values, context, layout, rope, segment_ids, cache):
-        """key_values: of the context at this layer if known, else None; layout: see attend."""
+    def __call__(self, x, layer, context, layout, rope):
+        """layout: as LocalDecoder."""
         config = self.config
         if config.decoder_cross_attention is DecoderCrossAttention.ALL:
             with jax.named_scope("cross_attention"):
-                x = _attend_context(config, x, layer, key_values, context, layout)
+                x = _attend_context(config, x, layer, context, layout)
         block = Block(config.local_decoder, self.sharding, self.emit_key_values, name="block")
-        return block(x, layer, rope, segment_ids, cache)
+        return block(x, layer, rope, layout[1])
 
 
-def _attend_context(config: BLTConfig, x, layer, key_values, context, layout):
+def _attend_context(config: BLTConfig, x, layer, context, layout):
     """Bytes attend to the vectors of their last complete patch (section 3.3), with residual."""
     ids, segment_ids, patch_segment_ids = layout
 
@@ -398,7 +395,7 @@ def _attend_context(config: BLTConfig, x, layer, key_values, context, layout):
     cross = CrossAttention(
         config.local_decoder, config.cross_shape("decoder"), name="cross_attention"
     )
-    return _residual(x, config) + cross(x, context, attend, layer, key_values)
+    return _residual(x, config) + cross(x, context, attend, layer)
 
 
 class LocalDecoder(nn.Module):
@@ -414,26 +411,19 @@ class LocalDecoder(nn.Module):
         context: Float[Array, "B P Q D"],
         layout: tuple,
         positions: Int[Array, "B N"],
-        segment_ids: Int[Array, "B N"],
-        cache: KVCache | None = None,
         emit_key_values: bool = False,
-        context_key_values: tuple | None = None,
     ) -> tuple[Float[Array, "B N D"], KeyValues | None]:
         """layout: decoder ids [B, N], segment_ids [B, N], segments of patches [B, P]."""
-        config, key_values = self.config, None
-        first = jnp.zeros((), jnp.int32)
+        config, stack = self.config, self.config.local_decoder
         if config.decoder_cross_attention is DecoderCrossAttention.FIRST:
-            if context_key_values is not None:
-                key_values = tuple(part[0] for part in context_key_values)
-            x = _attend_context(config, x, first, key_values, context, layout)
-            context_key_values = None
+            x = _attend_context(config, x, jnp.zeros((), jnp.int32), context, layout)
         elif config.decoder_cross_attention is DecoderCrossAttention.NONE:
             x = x + take_patches(context[:, :, 0], layout[0])
-        stack = _scan_layers(DecoderLayer, config.local_decoder, config.local_decoder.num_layers, 5)
-        stack = stack(config, self.sharding, emit_key_values or cache is not None, name="layers")
-        layers = jnp.arange(config.local_decoder.num_layers, dtype=jnp.int32)
-        rope = rope_table(positions, config.local_decoder.rope, config.local_decoder.head_width)
-        return stack(x, layers, context_key_values, context, layout, rope, segment_ids, cache)
+        layers = jnp.arange(stack.num_layers, dtype=jnp.int32)
+        rope = rope_table(positions, stack.rope, stack.head_width)
+        scanned = scan_blocks(DecoderLayer, stack, 3)
+        scanned = scanned(config, self.sharding, emit_key_values, name="layers")
+        return scanned(x, layers, context, layout, rope)
 
 
 def take_patches(patches: Float[Array, "B P D"], ids: Int[Array, "B N"]) -> Float[Array, "B N D"]:
@@ -446,8 +436,8 @@ def take_patches(patches: Float[Array, "B P D"], ids: Int[Array, "B N"]) -> Floa
 class RecordingBlock(Block):
     """A block that also returns its output, for the cross-attention of every layer."""
 
-    def __call__(self, x, layer, rope, segment_ids, cache):
-        x, key_values = super().__call__(x, layer, rope, segment_ids, cache)
+    def __call__(self, x, layer, rope, segment_ids):
+        x, key_values = super().__call__(x, layer, rope, segment_ids)
         return x, (key_values, x)
 
 
@@ -458,13 +448,13 @@ class RecordingTransformer(nn.Module):
     sharding: ShardingRules
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, cache=None, emit_key_values=False):
-        stack = scan_blocks(RecordingBlock, self.config, 3)(
-            self.config, self.sharding, emit_key_values or cache is not None, name="layers"
+    def __call__(self, x, positions, segment_ids, emit_key_values=False):
+        stack = scan_blocks(RecordingBlock, self.config, 2)(
+            self.config, self.sharding, emit_key_values, name="layers"
         )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         rope = rope_table(positions, self.config.rope, self.config.head_width)
-        x, (key_values, states) = stack(x, layers, rope, segment_ids, cache)
+        x, (key_values, states) = stack(x, layers, rope, segment_ids)
         return x, key_values, states
 
 
@@ -496,7 +486,8 @@ class BLTAux:
 
 @flax.struct.dataclass
 class BLTOutput:
-    """logits: float32 [B, N, V]; hidden: [B, N, D] normalised, before the head; cache: None."""
+    """logits: float32 [B, N, V]; hidden: [B, N, D] normalised, before the head; cache: None
+    (keys and values are in aux)."""
 
     logits: Any
     hidden: Any
@@ -581,20 +572,18 @@ class BLT(Model):
         layout = patch_layout(starts, segment_ids, self.config.max_patches or tokens.shape[1])
 
         x = self.embed_bytes(tokens, self.history(positions))
-        encoded = self.encode(x, positions, segment_ids, None, emit_key_values)
+        encoded = self.encode(x, positions, segment_ids, emit_key_values)
         patches = self.pool_patches(
             encoded.states, layout.encoder_ids, segment_ids, layout.segment_ids
         )
         latent, latent_kv = self.latent(
-            patches, layout.positions, layout.segment_ids, None, emit_key_values
+            patches, layout.positions, layout.segment_ids, emit_key_values
         )
         logits, hidden, decoder_kv = self.decode(
             encoded.hidden,
             self.context(latent),
             (layout.decoder_ids, segment_ids, layout.segment_ids),
             positions,
-            segment_ids,
-            None,
             emit_key_values,
         )
         key_values = None
@@ -621,13 +610,12 @@ class BLT(Model):
         x: Float[Array, "B N D"],
         positions: Int[Array, "B N"],
         segment_ids: Int[Array, "B N"],
-        cache: KVCache | None = None,
         emit_key_values: bool = False,
     ) -> EncoderOutput:
-        """The local encoder over bytes: a full pass, or one byte per row with its cache."""
+        """The local encoder over bytes."""
         config = self.config
         with jax.named_scope("local_encoder"):
-            arguments = (x, positions, segment_ids, cache, emit_key_values)
+            arguments = (x, positions, segment_ids, emit_key_values)
             if self._records:
                 hidden, key_values, states = self.local_encoder(*arguments)
                 if config.kv_from is KeyValueSource.INPUT:
@@ -657,14 +645,13 @@ class BLT(Model):
         patches: Float[Array, "B P E"],
         positions: Int[Array, "B P"],
         segment_ids: Int[Array, "B P"],
-        cache: KVCache | None = None,
         emit_key_values: bool = False,
     ) -> tuple[Float[Array, "B P G"], KeyValues | None]:
-        """The latent transformer over patches: a full pass, or one patch per row with its cache."""
+        """The latent transformer over patches."""
         with jax.named_scope("latent"):
             if self.config.patch_width != self.config.latent.d_model:
                 patches = self.latent_projection(patches)
-            return self.latent_transformer(patches, positions, segment_ids, cache, emit_key_values)
+            return self.latent_transformer(patches, positions, segment_ids, emit_key_values)
 
     def context(self, latent: Float[Array, "B P G"]) -> Float[Array, "B P Q D"]:
         """The k vectors of byte width that the local decoder sees of each patch."""
@@ -677,27 +664,14 @@ class BLT(Model):
         context: Float[Array, "B P Q D"],
         layout: tuple,
         positions: Int[Array, "B N"],
-        segment_ids: Int[Array, "B N"],
-        cache: KVCache | None = None,
         emit_key_values: bool = False,
-        context_key_values: tuple | None = None,
     ) -> tuple[Float[Array, "B N V"], Float[Array, "B N D"], KeyValues | None]:
         """Logits float32, normalised hidden states, and keys and values if asked for.
 
         layout: decoder ids [B, N], segment_ids [B, N], segments of patches [B, P].
-        context_key_values: `context_key_values(...)` of the context, to save its projections.
         """
         with jax.named_scope("local_decoder"):
-            x, key_values = self.local_decoder(
-                hidden,
-                context,
-                layout,
-                positions,
-                segment_ids,
-                cache,
-                emit_key_values,
-                context_key_values,
-            )
+            x, key_values = self.local_decoder(hidden, context, layout, positions, emit_key_values)
         with jax.named_scope("head"):
             x = self.output_norm(x)
             return self.head(x), x, key_values
@@ -765,26 +739,3 @@ class BLT(Model):
                 per_patch += layers * k * key_value
                 per_byte += layers * (query_out + attention)
         return float(per_byte + per_patch / p)
-
-
-def context_key_values(
-    params: dict[str, Any], config: BLTConfig, context: Float[Array, "B P Q D"]
-) -> tuple[jax.Array, jax.Array] | None:
-    """Keys and values [L, B, P, Q, G, K] of the context at every decoder cross-attention.
-
-    For generation, where one patch serves many bytes. params: of the whole model. None without
-    cross-attention in the decoder.
-    """
-    match config.decoder_cross_attention:
-        case DecoderCrossAttention.NONE:
-            return None
-        case DecoderCrossAttention.FIRST:
-            weights = jax.tree.map(lambda w: w[None], params["local_decoder"]["cross_attention"])
-        case DecoderCrossAttention.ALL:
-            weights = params["local_decoder"]["layers"]["cross_attention"]
-
-    def of_layer(weights):
-        x = rms_norm(context, weights["key_norm"]["weight"], config.local_decoder.norm_eps)
-        return project(x, weights["key"]), project(x, weights["value"])
-
-    return jax.vmap(of_layer)(weights)

@@ -30,7 +30,7 @@ from blt_jax.layers.cache import LayerCache, StepCache
 from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt_patching
-from blt_jax.models.blt import BLT, context_key_values, patch_layout
+from blt_jax.models.blt import BLT, patch_layout
 from blt_jax.models.blt_config import (
     BLTConfig,
     DecoderCrossAttention,
@@ -663,16 +663,14 @@ def _forward(model: BLT, tokens, segment_ids, layout):
     """BLT.__call__ with the states that generation goes on from."""
     positions = blt_patching.document_positions(segment_ids)
     x = model.embed_bytes(tokens, model.history(positions))
-    encoded = model.encode(x, positions, segment_ids, None, True)
+    encoded = model.encode(x, positions, segment_ids, True)
     patches = model.pool_patches(
         encoded.states, layout.encoder_ids, segment_ids, layout.segment_ids
     )
-    latent, latent_kv = model.latent(patches, layout.positions, layout.segment_ids, None, True)
+    latent, latent_kv = model.latent(patches, layout.positions, layout.segment_ids, True)
     context = model.context(latent)
     ids = (layout.decoder_ids, segment_ids, layout.segment_ids)
-    logits, _, decoder_kv = model.decode(
-        encoded.hidden, context, ids, positions, segment_ids, None, True
-    )
+    logits, _, decoder_kv = model.decode(encoded.hidden, context, ids, positions, True)
     return {
         "states": encoded.states,
         "encoder": encoded.key_values,
@@ -705,7 +703,7 @@ def _entropy_prefill(decoder: BLTDecoder, tokens, segment_ids, lengths):
     last = (lengths - 1)[:, None]
     if decoder.patcher.reset_at_newline:
         first = lengths - 1 - jnp.take_along_axis(positions, last, axis=1)[:, 0]
-    out = model.apply({"params": decoder.entropy_params}, tokens, pieces, positions, None, True)
+    out = model.apply({"params": decoder.entropy_params}, tokens, pieces, positions, True)
     stack = model.config.transformer
     cache = _byte_cache(stack, out.cache, lengths, decoder.capacity, first)
     entropy = jnp.take_along_axis(out.aux, last, axis=1)[:, 0]
@@ -739,23 +737,21 @@ def _prefill_patch(decoder: BLTDecoder, parts, layout, closed, lengths):
     begins = jnp.concatenate([before, (lengths - length)[:, None]], axis=1)
 
     first = jnp.zeros_like(lengths) if W > 1 else lengths - length
-    slots, caches = decoder._open_slots(), []
-    if config.num_encoder_cross_layers:
-        cross = decoder.params["patch_encoder"]["layers"]["cross_attention"]
-        for weights, state in zip(step.unstack(cross), states, strict=True):
-            weights = _cross_weights(weights, state.dtype)
-            key, value = _cross_key_value(config, "encoder", weights, state)
-            caches.append(LayerCache.from_rows(key, value, first, lengths, slots, key.dtype))
+    weights, slots, caches = decoder.prepare().weights, decoder._open_slots(), []
+    for cross, state in zip(weights.encoder_cross, states, strict=False):
+        key, value = _cross_key_value(config, "encoder", cross, state)
+        caches.append(LayerCache.from_rows(key, value, first, lengths, slots, key.dtype))
 
     index = closed[:, None] - jnp.arange(W, 0, -1, dtype=jnp.int32)[None, :]
     index = jnp.maximum(index, 0)[:, :, None, None]
     context = jnp.take_along_axis(parts["context"], index, axis=1)
-    key_values = context_key_values(decoder.params, config, context)
-    if key_values is None:
+    if config.decoder_cross_attention is DecoderCrossAttention.NONE:
         context = context[:, -1, 0]
     else:
-        pairs = [part.reshape(*part.shape[:2], -1, *part.shape[4:]) for part in key_values]
-        context = tuple(zip(*pairs, strict=True))
+        vectors = context.reshape(context.shape[0], -1, context.shape[-1])
+        context = tuple(
+            _cross_key_value(config, "decoder", cross, vectors) for cross in weights.decoder_cross
+        )
     patch = OpenPatch(pools=tuple(pools), bytes=tuple(caches), length=length, begins=begins)
     return patch, context
 

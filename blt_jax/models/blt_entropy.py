@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules
-from blt_jax.layers.cache import KVCache
 from blt_jax.layers.embed import Embed, Head, check_token_ids
 from blt_jax.layers.losses import cross_entropy_sums
 from blt_jax.layers.model import LossSums, Model, ModelConfig
@@ -72,7 +71,7 @@ def entropies(logits: Float[Array, "B N V"]) -> Float[Array, "B N"]:
 @flax.struct.dataclass
 class EntropyOutput:
     """logits: float32 [B, N, V]; hidden: [B, N, D] normalised; cache: KeyValues [L, B, N, G, K] of
-    these bytes if asked for or in a cached step, else None; aux: entropies float32 [B, N]."""
+    these bytes if asked for, else None; aux: entropies float32 [B, N]."""
 
     logits: Any
     hidden: Any
@@ -101,22 +100,20 @@ class EntropyModel(Model):
         tokens: Int[Array, "B N"],
         segment_ids: Int[Array, "B N"] | None = None,
         positions: Int[Array, "B N"] | None = None,
-        cache: KVCache | None = None,
         emit_key_values: bool = False,
     ) -> EntropyOutput:
-        """A full pass, or one byte per row with a cache (then positions are needed).
+        """Logits and entropies of the next byte at every byte; emit_key_values: the keys and values
+        too (prefill).
 
         segment_ids: documents, or pieces of them, that see only themselves; 0 = padding.
         """
         check_token_ids("tokens", tokens)
-        if cache is not None and positions is None:
-            raise ValueError("EntropyModel: a step with a cache needs positions")
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
             positions = document_positions(segment_ids)
         x = self.byte_embedding(jnp.where(segment_ids > 0, tokens, 0))
-        x, key_values = self.transformer(x, positions, segment_ids, cache, emit_key_values)
+        x, key_values = self.transformer(x, positions, segment_ids, emit_key_values)
         x = self.output_norm(x)
         logits = self.head(x)
         return EntropyOutput(logits=logits, hidden=x, cache=key_values, aux=entropies(logits))

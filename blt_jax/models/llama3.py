@@ -15,7 +15,7 @@ Release 3.1 (rotary frequency scaling)  RopeConfig.scaling_factor, set by `llama
 Section 3.4.1 (growing batches)         BatchStage, BATCH_SCHEDULE, stage_at
 Section 3.4.2 (long context)            ContextStage, context_extension, ready_for_longer_context
 Section 3.4.3 (annealing, averaging)    settings of blt_jax.train
-Generation                              prefill, decode_step
+Generation                              decoding.decoder.TransformerDecoder
 
 Departures: the paper says nothing on initialisation; here a normal cut at three sigma with sigma =
 input width^-1/2, or 0.02 as an option. It rounds the vocabulary to 128,000; the release has 128,256
@@ -31,10 +31,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules
-from blt_jax.layers.cache import KVCache
 from blt_jax.layers.embed import Embed, Head, check_token_ids, head_logits
 from blt_jax.layers.losses import chunked_cross_entropy_sums, cross_entropy_sums
 from blt_jax.layers.model import LossSums, Model, ModelConfig
@@ -265,7 +264,7 @@ def ready_for_longer_context(
 @flax.struct.dataclass
 class Llama3Output:
     """logits: float32 [B, T, V] or None; hidden: [B, T, D], what the head multiplies; cache: the
-    new KVCache of a step, the KeyValues of a prefill, else None; aux: float32 scalar, 0 here."""
+    KeyValues of all layers if asked for, else None; aux: float32 scalar, 0 here."""
 
     logits: Any
     hidden: Any
@@ -284,41 +283,32 @@ class Llama3(Model):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
         emit_key_values: bool = False,
         compute_logits: bool = True,
-        active: Bool[Array, " B"] | None = None,
     ) -> Llama3Output:
-        """Training or prefill (no cache), or one step (cache, T = 1).
+        """segment_ids: 1.. = documents, 0 = padding; default one document per row. positions:
+        default 0, 1, .. in the row. emit_key_values: return the keys and values (prefill).
 
-        segment_ids: 1.. = documents, 0 = padding; default one document per row. positions:
-        default 0, 1, .. in the row, or the cache's lengths. active: rows that the cache keeps the
-        token of. Raises TypeError for ids of a float type, ValueError for a step with T != 1.
+        Raises TypeError for ids of a float type.
         """
         config = self.config
         check_token_ids("tokens", tokens)
-        if cache is not None and tokens.shape[1] != 1:
-            raise ValueError(f"tokens {tokens.shape}: a step with a cache takes one token per row")
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
-            index_T = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-            start_B = jnp.zeros_like(tokens[:, 0]) if cache is None else cache.lengths
-            positions = start_B[:, None].astype(jnp.int32) + index_T
+            positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
         stddev = 0.02 if config.transformer.initialization is Initialization.NORMAL_002 else 0.0
         d_model, dtype = config.transformer.d_model, config.precision.dtype
         embed = Embed(config.vocab_size, d_model, dtype, self.sharding, stddev, name="embed")
         x_BTD = embed(tokens)
         stack = Transformer(config.transformer, self.sharding, name="transformer")
-        x_BTD, key_values = stack(x_BTD, positions, segment_ids, cache, emit_key_values)
+        x_BTD, key_values = stack(x_BTD, positions, segment_ids, emit_key_values)
         x_BTD = RMSNorm(config.transformer.norm_eps, name="norm")(x_BTD)
         with jax.named_scope("head"):
             head = embed.logits
             if not config.tied_embeddings:
                 head = Head(config.vocab_size, self.sharding, stddev, name="head")
             logits_BTV = head(x_BTD) if compute_logits or self.is_initializing() else None
-        if cache is not None:
-            key_values = cache.append(key_values.key, key_values.value, active)
         return Llama3Output(logits_BTV, x_BTD, key_values, jnp.float32(0.0))
 
     def example_inputs(self) -> tuple:
@@ -360,50 +350,3 @@ class Llama3(Model):
         stack = self.config.transformer
         head = 2.0 * stack.d_model * self.config.vocab_size
         return stack.flops_per_token(float(context_length)) + head
-
-
-# -------------------------------------------------------------------------------- generation
-
-
-def prefill(
-    model: Llama3,
-    params: dict[str, Any],
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    capacity: int,
-) -> tuple[Float[Array, "B V"], KVCache]:
-    """Logits after the last of `lengths` right-padded prompt tokens, and the cache.
-
-    capacity: tokens a row may reach, prompt included. Every length must be >= 1. Raises ValueError
-    when the prompts do not fit.
-    """
-    T = tokens.shape[1]
-    if capacity < T:
-        raise ValueError(f"capacity={capacity}: the prompts alone have {T} tokens")
-    config = model.config.transformer
-    segment_ids = (jnp.arange(T)[None, :] < lengths[:, None]).astype(jnp.int32)
-    output = model.apply(
-        {"params": params}, tokens, segment_ids, emit_key_values=True, compute_logits=False
-    )
-    slots = min(config.window, capacity) if config.window else capacity
-    pairs = output.cache
-    cache = KVCache.from_prefill(pairs.key, pairs.value, lengths, slots, pairs.key.dtype)
-    last_B1D = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
-    logits_B1V = head_logits(last_B1D, model.output_kernel(params), model.sharding)
-    return logits_B1V[:, 0], cache
-
-
-def decode_step(
-    model: Llama3,
-    params: dict[str, Any],
-    tokens: Int[Array, " B"],
-    cache: KVCache,
-    active: Bool[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B V"], KVCache]:
-    """Logits after one more token per row; rows that are not `active` leave the cache alone.
-
-    A row that already holds the cache's capacity would lose its oldest token: the caller must
-    stop there unless the model has a window.
-    """
-    output = model.apply({"params": params}, tokens[:, None], cache=cache, active=active)
-    return output.logits[:, 0], output.cache

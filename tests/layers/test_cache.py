@@ -3,84 +3,106 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blt_jax.layers.attention import cached_attention, dense_causal_attention
-from blt_jax.layers.cache import KVCache
+from blt_jax.layers import cache as caches
+from blt_jax.layers.attention import dense_causal_attention
+from blt_jax.layers.cache import LayerCache, StepCache
+from blt_jax.layers.step import attend_slots
 
 L, B, G, K = 2, 3, 2, 4
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(caches, "FIRST_CHUNK", 3)  # several chunks
 
 
 def key_values(length, seed=0):
     return jax.random.normal(jax.random.key(seed), (2, L, B, length, G, K))
 
 
-def appended(key, value, lengths, slots):
-    """The cache as `lengths` single appends make it."""
-    cache = KVCache.create(L, B, G, slots, K, jnp.float32)
+def joined(chunks):
+    """[B, G, S, K] of the chunks of a layer."""
+    return jnp.concatenate(chunks, axis=2)
+
+
+def written(key, value, lengths, slots):
+    """The cache as single writes make it."""
+    cache = StepCache.create(L, B, G, slots, K, jnp.float32)
     for t in range(int(max(lengths))):
         active = jnp.array([t < n for n in lengths])
-        cache = cache.append(key[:, :, t : t + 1], value[:, :, t : t + 1], active)
+        slot = cache.next_slot(active)
+        layers = [
+            layer.write(key[i, :, t], value[i, :, t], slot) for i, layer in enumerate(cache.layers)
+        ]
+        cache = StepCache(tuple(layers), cache.lengths + active.astype(jnp.int32))
     return cache
 
 
 @pytest.mark.parametrize("slots", [4, 7, 16])
-def test_prefill_equals_appends(slots):
+def test_prefill_equals_writes(slots):
     key, value = key_values(9)
     lengths = [9, 4, 1]
-    cache = KVCache.from_prefill(key, value, jnp.array(lengths), slots, jnp.float32)
-    other = appended(key, value, lengths, slots)
+    cache = StepCache.from_prefill(key, value, jnp.array(lengths), slots, jnp.float32)
+    other = written(key, value, lengths, slots)
     jax.tree.map(np.testing.assert_array_equal, cache, other)
-    assert cache.key.shape == (L, B, G, slots, K) and cache.slots == slots
-    np.testing.assert_array_equal(cache.valid().sum(1), [min(n, slots) for n in lengths])
+    assert cache.slots == slots and joined(cache.layers[1].key).shape == (B, G, slots, K)
 
 
 def test_slot_of_a_position():
     key, value = key_values(9)
-    cache = KVCache.from_prefill(key, value, jnp.array([9, 4, 1]), 4, jnp.float32)
+    cache = StepCache.from_prefill(key, value, jnp.array([9, 4, 1]), 4, jnp.float32)
     for position in (5, 6, 7, 8):
-        np.testing.assert_array_equal(cache.key[:, 0, :, position % 4], key[:, 0, position])
-        np.testing.assert_array_equal(cache.value[:, 0, :, position % 4], value[:, 0, position])
-    np.testing.assert_array_equal(cache.key[:, 2, :, 1:], 0)
+        for layer in range(L):
+            ours = cache.layers[layer]
+            slot = position % 4
+            np.testing.assert_array_equal(joined(ours.key)[0, :, slot], key[layer, 0, position])
+            np.testing.assert_array_equal(joined(ours.value)[0, :, slot], value[layer, 0, position])
+    np.testing.assert_array_equal(joined(cache.layers[0].key)[2, :, 1:], 0)
+
+
+def test_some_rows_are_written():
+    key, value = key_values(2)
+    cache = LayerCache.create(B, G, 4, K, jnp.float32)
+    rows, slot = jnp.array([2, 0, 3]), jnp.array([1, 3, 0])  # row 3 is beyond the cache
+    new = cache.write(key[0, :, 0], value[0, :, 0], slot, rows)
+    expected = np.zeros((B, G, 4, K), np.float32)
+    expected[2, :, 1], expected[0, :, 3] = key[0, 0, 0], key[0, 1, 0]
+    np.testing.assert_array_equal(joined(new.key), expected)
 
 
 def test_take_rows():
     key, value = key_values(5)
-    cache = KVCache.from_prefill(key, value, jnp.array([5, 4, 3]), 8, jnp.float32)
+    cache = StepCache.from_prefill(key, value, jnp.array([5, 4, 3]), 8, jnp.float32)
     rows = cache.take_rows(jnp.array([2, 2, 0, 1]))
     np.testing.assert_array_equal(rows.lengths, [3, 3, 5, 4])
-    np.testing.assert_array_equal(rows.key[:, 2], cache.key[:, 0])
-    np.testing.assert_array_equal(rows.value[:, 1], cache.value[:, 2])
+    np.testing.assert_array_equal(joined(rows.layers[0].key)[2], joined(cache.layers[0].key)[0])
+    np.testing.assert_array_equal(joined(rows.layers[1].value)[1], joined(cache.layers[1].value)[2])
 
 
 def test_type():
     key, value = key_values(5)
-    cache = KVCache.from_prefill(key, value, jnp.array([5, 4, 3]), 8, jnp.bfloat16)
-    assert cache.key.dtype == jnp.bfloat16
-    cache = cache.append(key[:, :, :1], value[:, :, :1])
-    assert cache.value.dtype == jnp.bfloat16 and list(cache.lengths) == [6, 5, 4]
+    cache = StepCache.from_prefill(key, value, jnp.array([5, 4, 3]), 8, jnp.bfloat16)
+    layer = cache.layers[0].write(key[0, :, 0], value[0, :, 0], cache.next_slot())
+    assert {x.dtype for x in jax.tree.leaves(layer)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_cached_attention_equals_the_last_row_of_the_full_one(window):
+def test_attention_over_slots_equals_the_last_row_of_the_full_one(window):
     T, H = 10, 4
     q = jax.random.normal(jax.random.key(5), (B, T, H, K))
     key, value = key_values(T)
-    slots = window or T
     segments = jnp.ones((B, T), jnp.int32)
-    attend = jax.jit(cached_attention)
-    for layer in range(L):
-        full = dense_causal_attention(q, key[layer], value[layer], segments, window=window)
-        for t in (1, 3, 4, 5, 9):
-            past = KVCache.from_prefill(
-                key[:, :, :t], value[:, :, :t], jnp.full(B, t), slots, jnp.float32
-            )
-            own = (x[layer, :, t : t + 1] for x in (key, value))
-            out = attend(q[:, t : t + 1], *own, past, jnp.int32(layer))
-            np.testing.assert_allclose(out[:, 0], full[:, t], atol=1e-5)
-
-
-def test_an_empty_cache_shows_the_token_itself():
-    cache = KVCache.create(L, B, G, 6, K, jnp.float32)
-    key, value = key_values(1)
-    q = jnp.ones((B, 1, 4, K))
-    out = cached_attention(q, key[0], value[0], cache, jnp.int32(0))
-    np.testing.assert_allclose(out, jnp.repeat(value[0], 2, axis=2), atol=1e-6)
+    slots = window or T
+    attend = jax.jit(attend_slots)
+    full = dense_causal_attention(q, key[0], value[0], segments, window=window)
+    for t in (0, 1, 3, 4, 5, 9):
+        lengths = jnp.full(B, t + 1, jnp.int32)
+        cache = LayerCache.from_rows(
+            key[0, :, : t + 1], value[0, :, : t + 1], 0 * lengths, lengths, slots, jnp.float32
+        )
+        begin, end = 0 * lengths, jnp.minimum(lengths, slots)
+        out = attend(q[:, t], cache, begin, end)
+        np.testing.assert_allclose(out, full[:, t], atol=1e-5)
+        rows = jnp.array([2, 0])
+        some = attend(q[rows, t], cache, begin[:2], end[:2], rows)
+        np.testing.assert_allclose(some, full[rows, t], atol=1e-5)

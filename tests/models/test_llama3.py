@@ -57,16 +57,6 @@ def logits_of(model, params, tokens, segment_ids=None, positions=None):
     return _apply(model, params, *padded)[:, :n]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def prefill(model, params, tokens, lengths, capacity):
-    return llama3.prefill(model, params, tokens, lengths, capacity)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def step(model, params, tokens, cache, active=None):
-    return llama3.decode_step(model, params, tokens, cache, active)
-
-
 def batch_of(tokens, **changes):
     n = tokens.shape[1] - 1
     batch = {
@@ -334,43 +324,6 @@ def test_chunked_loss_never_holds_all_logits():
     assert not logits_in(config)
 
 
-# -------------------------------------------------------------------------------- generation
-
-
-@pytest.mark.parametrize("window", [0, 5])
-def test_prefill_and_steps_equal_the_full_pass(window, params):
-    model = stack(CONFIG, window=window).build()
-    tokens = tokens_of((3, 16))
-    full = logits_of(model, params, tokens)
-    lengths = jnp.array([8, 3, 1])
-    logits, cache = prefill(model, params, tokens[:, :8], lengths, 16)
-    assert cache.key.shape == (2, 3, 2, window or 16, 8)
-    rows = jnp.arange(3)
-    for i in range(9):
-        at = lengths - 1 + i
-        np.testing.assert_allclose(logits, full[rows, at], atol=1e-5)
-        if i < 8:
-            logits, cache = step(model, params, tokens[rows, at + 1], cache)
-
-
-def test_inactive_rows_leave_the_cache_alone(model, params):
-    tokens = tokens_of((3, 8))
-    _, cache = prefill(model, params, tokens, jnp.array([8, 4, 1]), 16)
-    active = jnp.array([True, False, True])
-    _, new = step(model, params, tokens[:, 0], cache, active)
-    np.testing.assert_array_equal(new.lengths, [9, 4, 2])
-    np.testing.assert_array_equal(new.key[:, 1], cache.key[:, 1])
-    rows = new.take_rows(jnp.array([1, 1, 0]))
-    np.testing.assert_array_equal(rows.lengths, [4, 4, 9])
-
-
-def test_prompt_padding_is_never_seen(model, params):
-    tokens, lengths = tokens_of((3, 8)), jnp.array([5, 5, 5])
-    _, cache = prefill(model, params, tokens, lengths, 16)
-    _, cache_2 = prefill(model, params, tokens.at[:, 5:].set(0), lengths, 16)
-    jax.tree.map(np.testing.assert_array_equal, cache, cache_2)
-
-
 # ------------------------------------------------------------------------------- bad inputs
 
 
@@ -395,14 +348,9 @@ def test_bad_configs(make, message):
         make()
 
 
-def test_bad_inputs(model, params):
+def test_bad_inputs():
     with pytest.raises(TypeError, match="tokens has dtype float32: token ids must be integers"):
         check_token_ids("tokens", jnp.ones((1, 4)))
-    _, cache = prefill(model, params, tokens_of((3, 8)), jnp.array([4, 4, 4]), 16)
-    with pytest.raises(ValueError, match="a step with a cache takes one token per row"):
-        model.apply({"params": params}, tokens_of((3, 2)), cache=cache)
-    with pytest.raises(ValueError, match="capacity=3: the prompts alone have 4 tokens"):
-        llama3.prefill(model, params, tokens_of((1, 4)), jnp.array([4]), 3)
 
 
 # --------------------------------------------------------------------------------- schedules

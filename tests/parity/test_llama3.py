@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
+from blt_jax.decoding.decoder import TransformerDecoder
 from blt_jax.interop import hugging_face, hugging_face_llama
 from blt_jax.interop.weights import foreign_reader
 from blt_jax.layers.rope import RopeLayout
-from blt_jax.models import llama3
 
 ROPE_31 = dict(
     rope_type="llama3",
@@ -107,12 +107,12 @@ def test_cached_decoding(pair):
     with torch.no_grad():
         expected = theirs(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     tokens = jnp.asarray(ids)
-    prefill = jax.jit(lambda tokens: llama3.prefill(model, params, tokens, jnp.array([16, 16]), 24))
-    logits, cache = prefill(tokens[:, :16])
-    step = jax.jit(lambda token, cache: llama3.decode_step(model, params, token, cache))
+    decoder = TransformerDecoder.create(model, params, 24).prepare()
+    prefill, step = jax.jit(TransformerDecoder.prefill), jax.jit(TransformerDecoder.step)
+    logits, cache = prefill(decoder, tokens[:, :16], jnp.array([16, 16]))
     got = [logits]
     for t in range(16, 23):
-        logits, cache = step(tokens[:, t], cache)
+        logits, cache = step(decoder, tokens[:, t], cache)
         got.append(logits)
     np.testing.assert_allclose(np.stack(got, 1), expected[:, 15:23], atol=2e-5)
 
