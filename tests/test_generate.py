@@ -3,6 +3,7 @@
 import builtins
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,9 @@ from blt_jax.dist.sharding import init_params
 from blt_jax.interop import model_files
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt, llama3
-from blt_jax.models.blt_patching import PatcherConfig
+from blt_jax.models.blt_decode import BLTDecoder
+from blt_jax.models.blt_ngrams import build_ngram_tables
+from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
 
 
 def stack(window=0):
@@ -58,6 +61,32 @@ def test_blt_with_its_entropy_model(blt_folder, capsys):
     assert "patches" in err and "global steps per byte" in err
     assert run(*flags, "--top_k=20", "--seed=3") == 0
     assert capsys.readouterr().out == out
+
+
+def test_blt_with_exact_ngram_tables(tmp_path, capsys):
+    config = blt.BLTConfig(
+        local_encoder=stack(8),
+        latent=stack(),
+        local_decoder=stack(8),
+        ngrams=blt.NgramConfig(kind=blt.NgramKind.EXACT, sizes=(2, 3), vocab_size=24),
+    )
+    documents = [np.frombuffer(b"def f(x):\n    return f(x)\n" * 4, np.uint8).astype(np.int32) + 4]
+    model = config.build(ngram_tables=build_ngram_tables(documents, (2, 3), 24))
+    params = init_params(model, jax.random.key(0))
+    patcher = PatcherConfig(kind=PatcherKind.SPACE)
+    model_files.save_model(tmp_path / "model", model, params, patcher=patcher)
+    assert run(f"--model={tmp_path / 'model'}", "--prompt=def ", "--max_new_bytes=8") == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+    loaded, params = model_files.load_model(tmp_path / "model")
+    tokens = jnp.concatenate([jnp.array([1]), documents[0][:19]])[None].astype(jnp.int32)
+    starts = patcher.starts(tokens)
+    full = loaded.apply({"params": params}, tokens, starts).logits
+    decoder = BLTDecoder.create(loaded, params, patcher, 32).prepare()
+    logits, cache = decoder.prefill(tokens[:, :3], jnp.array([3]))
+    for index in range(3, 20):
+        np.testing.assert_allclose(logits[0], full[0, index - 1], atol=1e-4)
+        logits, cache = decoder.step(tokens[:, index], cache)
 
 
 def test_prompts_are_read_until_an_empty_line(llama_folder, capsys, monkeypatch):

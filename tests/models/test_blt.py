@@ -177,7 +177,7 @@ def test_no_leak_through_gradients(small):
         )
         latent, _ = model.latent(patches, layout.positions, layout.segment_ids)
         decoder = (layout.decoder_ids, segments, layout.segment_ids)
-        args = (encoded.hidden, model.context(latent), decoder, positions, segments)
+        args = (encoded.hidden, model.context(latent), decoder, positions)
         return model.decode(*args)[0][0]
 
     def influence(shift, weights):
