@@ -1,0 +1,265 @@
+"""What can be shown about a kernel without its device: TPU compiles, CUDA lowering, bytes moved.
+
+`compile_for_tpu` runs the real TPU compiler (package libtpu) for a topology that is not there.
+`lower_for_cuda` stops before PTX: it proves that Pallas lowers, not that the code runs or is fast.
+`kernel_traffic` counts what the pipeline of a TPU `pallas_call` copies between HBM and the core,
+by walking its grid and block index maps; XLA's cost analysis only repeats the `cost_estimate` that
+the kernel's author declared. Nothing here measures time.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TOPOLOGIES = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+
+
+# Compiling and lowering.
+
+
+def tpu_devices(topology: str) -> Sequence[Any]:
+    """The devices of a TPU topology such as "v5p:2x2x1", to compile for (they cannot run).
+
+    Settings that libtpu reads when it is loaded are made here unless the environment has them.
+    Raises RuntimeError when libtpu is missing or does not know the topology.
+    """
+    chip = topology.split(":")[0]
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{chip}-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(topology, platform="tpu")
+    except Exception as error:
+        raise RuntimeError(f"topology={topology!r}: no compiler for it here ({error})") from error
+    return description.devices
+
+
+def compile_for_tpu(
+    function: Callable[..., Any], args: Sequence[Any], topology: str = TOPOLOGIES["v5p"]
+) -> jax.stages.Compiled:
+    """Compiles function(*args) for one core of a topology; args are arrays or ShapeDtypeStructs.
+
+    A ShapeDtypeStruct that carries a sharding over `tpu_devices(topology)` keeps it.
+    """
+    one = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
+
+    def placed(x):
+        sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=sharding or one)
+
+    lowered = jax.jit(function).lower(*jax.tree.map(placed, tuple(args)))
+    with warnings.catch_warnings():
+        # Entries of a persistent cache cannot be loaded without the device; it compiles anew.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+        return lowered.compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaLowering:
+    """The StableHLO module as text, its GPU custom calls, and the bytes of the export."""
+
+    text: str
+    kernels: tuple[str, ...]
+    size: int
+
+
+def lower_for_cuda(function: Callable[..., Any], args: Sequence[Any]) -> CudaLowering:
+    """Lowers function(*args) for CUDA, Pallas kernels to Triton or Mosaic GPU modules.
+
+    Needs no GPU. Triton modules are checked as MLIR; registers and shared memory are decided later
+    by the compiler on the device. Mosaic GPU refuses too much shared memory already here.
+    """
+    targets = ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2", "mosaic_gpu")
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in targets]
+    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)(
+        *args
+    )
+    text = exported.mlir_module()
+    kernels = tuple(name for name in re.findall(r"custom_call @([\w$.]+)", text) if name in targets)
+    return CudaLowering(text, kernels, len(exported.mlir_module_serialized))
+
+
+# Bytes.
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTraffic:
+    """One `pallas_call`: its grid, HBM bytes of each operand and result, and what it declares.
+
+    `operands` starts with the scalar-prefetch operands. `declared` is the `bytes_accessed` of its
+    `cost_estimate`, None without one.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    declared: int | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.operands) + sum(self.results)
+
+
+def bytes_moved(function: Callable[..., Any], *args: Any) -> int:
+    """The HBM bytes of all TPU kernels that function(*args) runs; see `kernel_traffic`."""
+    return sum(call.total for call in kernel_traffic(function, *args))
+
+
+def ideal_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """Bytes of every argument and every result of function(*args), each once."""
+    leaves = jax.tree.leaves((args, jax.eval_shape(function, *args)))
+    return sum(_nbytes(np.shape(x), jnp.result_type(x)) for x in leaves)
+
+
+def kernel_traffic(function: Callable[..., Any], *args: Any) -> list[KernelTraffic]:
+    """Walks the grid of every TPU `pallas_call` in function(*args), in the order of execution.
+
+    Grid steps run with the last axis fastest. A block is copied when its index differs from that
+    of the step before, as the pipeline does; parts of a block beyond the array are not copied.
+    Scalar-prefetch operands are copied once. Arguments that grid sizes or scalar-prefetch operands
+    depend on must be concrete arrays, all others may be ShapeDtypeStructs and cost nothing.
+    Raises ValueError when such a value is unknown, NotImplementedError for operands left in HBM
+    (memory space ANY, copied by the kernel itself) and for GPU kernels.
+    """
+    flat, tree = jax.tree.flatten(args)
+
+    def flat_function(*leaves):
+        return function(*jax.tree.unflatten(tree, leaves))
+
+    jaxpr = jax.make_jaxpr(flat_function)(*flat)
+    known = [None if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for x in flat]
+    return list(_walk(jaxpr.jaxpr, jaxpr.consts, known, []))
+
+
+def _walk(jaxpr, consts, args, results: list) -> Iterator[KernelTraffic]:
+    """Evaluates what concrete values allow (None is unknown); appends the outputs to `results`."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        outputs: list = []
+        yield from _walk_equation(equation, operands, outputs)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    results.extend(read(atom) for atom in jaxpr.outvars)
+
+
+def _walk_equation(equation, operands, outputs: list) -> Iterator[KernelTraffic]:
+    name = equation.primitive.name
+    unknown = [None] * len(equation.outvars)
+    if name == "pallas_call":
+        yield _traffic(operands, **equation.params)
+        outputs.extend(unknown)
+        return
+    inner = list(jax.extend.core.jaxprs_in_params(equation.params))
+    if not any(_has_kernel(jaxpr) for jaxpr in inner):
+        if any(x is None for x in operands):
+            outputs.extend(unknown)
+        else:
+            found = equation.primitive.bind(*operands, **equation.params)
+            outputs.extend(found if equation.primitive.multiple_results else [found])
+        return
+    if name == "scan":
+        body, length = equation.params["jaxpr"], equation.params["length"]
+        num_consts = equation.params["num_consts"]
+        known = operands[:num_consts] + [None] * (len(operands) - num_consts)
+        yield from list(_walk(body.jaxpr, body.consts, known, [])) * length
+        outputs.extend(unknown)
+        return
+    body = _called(equation)
+    yield from _walk(body.jaxpr, body.consts, operands, outputs)
+
+
+def _called(equation):
+    """The closed jaxpr of a call-like equation, whose arguments and results are the equation's."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in equation.params:
+            body = equation.params[key]
+            return body if hasattr(body, "consts") else jax.extend.core.ClosedJaxpr(body, ())
+    raise NotImplementedError(f"kernels inside {equation.primitive.name} are not counted")
+
+
+def _has_kernel(jaxpr) -> bool:
+    return any(
+        equation.primitive.name == "pallas_call"
+        or any(map(_has_kernel, jax.extend.core.jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
+    )
+
+
+def _traffic(operands, *, grid_mapping, compiler_params, cost_estimate, name, **_):
+    if compiler_params is not None and "mosaic." not in type(compiler_params).__module__:
+        raise NotImplementedError(f"{name}: only TPU kernels have a pipeline that can be walked")
+    bounds = operands[: grid_mapping.num_dynamic_grid_bounds]
+    operands = operands[len(bounds) :]
+    prefetched = operands[: grid_mapping.num_index_operands]
+    if any(x is None for x in (*bounds, *prefetched)):
+        raise ValueError(
+            f"{name}: a grid size or scalar-prefetch operand depends on an argument without "
+            "concrete values"
+        )
+    sizes = iter(bounds)
+    grid = tuple(int(n) if isinstance(n, int) else int(next(sizes)) for n in grid_mapping.grid)
+    copied = [_block_bytes(block, grid, prefetched, name) for block in grid_mapping.block_mappings]
+    scalars = [_nbytes(np.shape(x), jnp.result_type(x)) for x in prefetched]
+    inputs, results = copied[: grid_mapping.num_inputs], copied[grid_mapping.num_inputs :]
+    declared = None if cost_estimate is None else cost_estimate.bytes_accessed
+    return KernelTraffic(name or "", grid, (*scalars, *inputs), tuple(results), declared)
+
+
+def _block_bytes(block, grid, prefetched, name) -> int:
+    """Bytes that the pipeline copies for one operand or result."""
+    shape, dtype = block.array_aval.shape, block.array_aval.dtype
+    if math.prod(grid) == 0:
+        return 0
+    if str(block.transformed_block_aval.memory_space).lower().endswith(("any", "hbm", "semaphore")):
+        raise NotImplementedError(f"{name}: {block.origin} stays in HBM, its copies are not blocks")
+    starts = _block_starts(block, grid, prefetched)
+    changed = np.ones(len(starts), bool)
+    changed[1:] = (starts[1:] != starts[:-1]).any(axis=1)
+    sizes = np.array([getattr(size, "block_size", 1) for size in block.block_shape], np.int64)
+    inside = np.clip(np.array(shape, np.int64) - starts[changed], 0, sizes)
+    return _nbytes((int(inside.prod(axis=1).sum()),), dtype)
+
+
+def _block_starts(block, grid, prefetched) -> np.ndarray:
+    """First element of the block at every grid step in order: [steps, axes]."""
+    if not block.block_shape:
+        return np.zeros((math.prod(grid), 0), np.int64)
+    steps = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
+    if not grid:
+        steps = np.zeros((0, 1), np.int32)
+
+    @jax.jit
+    def starts(steps, prefetched):
+        one = functools.partial(_start, block)
+        return jax.vmap(one, in_axes=(0, None), axis_size=steps.shape[1])(
+            tuple(steps), tuple(prefetched)
+        )
+
+    columns = starts(steps, prefetched)
+    return np.stack([np.broadcast_to(c, steps.shape[1:]) for c in columns], 1).astype(np.int64)
+
+
+def _start(block, step, prefetched):
+    start = block.compute_start_indices_interpret(step, *prefetched)
+    return tuple(jnp.asarray(x, jnp.int32) for x in start)
+
+
+def _nbytes(shape, dtype) -> int:
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
