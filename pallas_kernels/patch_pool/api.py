@@ -6,8 +6,13 @@ Axis letters: B rows, T bytes, P patches, D width, Q vectors per patch, H heads,
 valid ids. An id of -1 or of P and above marks a byte that is ignored: its result is 0, and so is
 its gradient. An empty patch has the result 0 and the gradient 0. Patches have any length.
 Gradients are defined for the floating-point arguments, in reverse mode.
+
+implementation: None (by platform), "reference", "xla", "tpu", "gpu" or "interpret" (the TPU kernel
+in the Pallas interpreter). The kernels serve float32 and bfloat16, "gpu" also float16; for other
+dtypes they raise NotImplementedError, and None takes the portable form.
 """
 
+import functools
 import math
 import operator
 
@@ -16,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
-from pallas_kernels.patch_pool import reference, xla
+from pallas_kernels.patch_pool import reference, vjp
 
 MODES = ("max", "mean", "sum", "min")
 
@@ -32,15 +37,14 @@ def patch_pool(
 
     mode: "max", "mean", "sum" or "min". Sums are taken in float32. Bytes that tie for an extreme
     share its gradient equally, as in `jax.ops.segment_max`.
-    implementation: None, "reference" or "xla".
+    implementation: see the module.
     """
     x = _floating("x", x, 3)
     patch_ids = _integers("patch_ids", patch_ids, x.shape[:2])
     num_patches = _positive("num_patches", num_patches)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; allowed are {', '.join(MODES)}")
-    forms = {"reference": reference.patch_pool, "xla": xla.patch_pool}
-    return dispatch.choose("patch_pool", implementation, forms)(x, patch_ids, num_patches, mode)
+    return _form("patch_pool", implementation)(x, patch_ids, num_patches, mode)
 
 
 def patch_attention(
@@ -60,26 +64,18 @@ def patch_attention(
     With `window` = W, patch p sees the bytes of patches p-W+1..p (time grows with W, memory does
     not). When segment_ids[B, T] and patch_segment_ids[B, P] are given, only bytes of the patch's
     own segment are seen. `scale` multiplies the scores, K**-0.5 if None. Softmax in float32.
-    implementation: None, "reference" or "xla".
+    implementation: see the module.
     """
-    q = _floating("q", q, 5)
-    rows, num_patches, _, heads, width = q.shape
-    key = _floating("key", key, 4)
-    bytes_shape = (rows, key.shape[1], heads, width)
-    _same("key", key, bytes_shape, q)
-    value = _floating("value", value, 4)
-    _same("value", value, bytes_shape, q)
-    return _attention(
-        "patch_attention",
-        {"reference": reference.patch_attention, "xla": xla.patch_attention},
-        implementation,
+    q, key = _floating("q", q, 5), _floating("key", key, 4)
+    arguments = _attention_arguments(
         (q, key, value),
-        patch_ids,
-        (rows, key.shape[1], num_patches, width),
+        (q.shape[0], key.shape[1], *q.shape[3:]),
+        (patch_ids, segment_ids, patch_segment_ids),
+        (key.shape[1], q.shape[1]),
         scale,
         window,
-        (segment_ids, patch_segment_ids),
     )
+    return _form("patch_attention", implementation)(*arguments)
 
 
 def patch_gather_attention(
@@ -99,45 +95,49 @@ def patch_gather_attention(
     With `window` = W, a byte with patch id p sees the vectors of patches p-W+1..p. When
     segment_ids[B, T] and patch_segment_ids[B, P] are given, only patches of the byte's own
     segment are seen. `scale` multiplies the scores, K**-0.5 if None. Softmax in float32.
-    implementation: None, "reference" or "xla".
+    implementation: see the module.
     """
-    q = _floating("q", q, 4)
-    rows, num_bytes, heads, width = q.shape
-    key = _floating("key", key, 5)
-    patches_shape = (rows, *key.shape[1:3], heads, width)
-    _same("key", key, patches_shape, q)
-    value = _floating("value", value, 5)
-    _same("value", value, patches_shape, q)
-    return _attention(
-        "patch_gather_attention",
-        {"reference": reference.patch_gather_attention, "xla": xla.patch_gather_attention},
-        implementation,
+    q, key = _floating("q", q, 4), _floating("key", key, 5)
+    arguments = _attention_arguments(
         (q, key, value),
-        patch_ids,
-        (rows, num_bytes, key.shape[1], width),
+        (q.shape[0], *key.shape[1:3], *q.shape[2:]),
+        (patch_ids, segment_ids, patch_segment_ids),
+        (q.shape[1], key.shape[1]),
         scale,
         window,
-        (segment_ids, patch_segment_ids),
     )
+    return _form("patch_gather_attention", implementation)(*arguments)
 
 
-def _attention(operation, forms, implementation, arrays, patch_ids, sizes, scale, window, segments):
-    rows, num_bytes, num_patches, width = sizes
-    form = dispatch.choose(operation, implementation, forms)
+def _form(operation: str, implementation: str | None):
+    """The function of `operation` that `implementation` names."""
+    with_gradients = getattr(vjp, operation)
+    names = (None, "xla", "tpu", "gpu", "interpret")
+    forms = {name: functools.partial(with_gradients, implementation=name) for name in names}
+    forms["reference"] = getattr(reference, operation)
+    return dispatch.choose(operation, implementation, forms)
+
+
+def _attention_arguments(arrays, key_shape, ids, sizes, scale, window):
+    """The checked arguments of either attention; `sizes` are the numbers of bytes and patches."""
+    q, key, value = arrays
+    num_bytes, num_patches = sizes
+    rows = q.shape[0]
+    value = _floating("value", value, key.ndim)
+    _same("key", key, key_shape, q)
+    _same("value", value, key_shape, q)
+    patch_ids, segment_ids, patch_segment_ids = ids
     patch_ids = _integers("patch_ids", patch_ids, (rows, num_bytes))
     window = min(_positive("window", window), num_patches)
-    if scale is None:
-        scale = width**-0.5
-    scale = float(scale)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
-    segment_ids, patch_segment_ids = segments
     if (segment_ids is None) != (patch_segment_ids is None):
         raise ValueError("segment_ids and patch_segment_ids are given both or neither")
     if segment_ids is not None:
         segment_ids = _integers("segment_ids", segment_ids, (rows, num_bytes))
         patch_segment_ids = _integers("patch_segment_ids", patch_segment_ids, (rows, num_patches))
-    return form(*arrays, patch_ids, segment_ids, patch_segment_ids, scale, window)
+    return q, key, value, patch_ids, segment_ids, patch_segment_ids, scale, window
 
 
 def _floating(name: str, x: ArrayLike, rank: int) -> jax.Array:

@@ -2,7 +2,8 @@
 
 No array grows with patches times bytes. Rows are a batch axis of every gather and scatter, so a
 program sharded over rows needs no communication. Both attentions keep their output and the
-log-sum-exp of the scores, and recompute the weights in the backward pass.
+log-sum-exp of the scores, and recompute the weights in the backward pass. The forward and backward
+halves are joined in `vjp`.
 """
 
 import functools
@@ -11,35 +12,48 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.patch_pool.rows import shifted_rows, take
 
-def patch_pool(x_BTD: jax.Array, ids_BT: jax.Array, num_patches: int, mode: str) -> jax.Array:
-    """See `api.patch_pool`."""
-    rows_BT, valid_BT = _sorted_rows(ids_BT, num_patches)
-    if mode == "max":
-        return _segment_extreme(x_BTD, rows_BT, valid_BT, num_patches)
-    if mode == "min":
-        return -_segment_extreme(-x_BTD, rows_BT, valid_BT, num_patches)
+
+def pool_forward(x_BTD, rows, num_patches: int, mode: str):
+    """Pooled [B, P, D], and what the gradient needs: the number of bytes of every patch, float
+    [B, P], of a mean; how many of them share an extreme, [B, P, D] in x's dtype; None of a sum."""
+    rows_BT, seen_BT = rows
+    if mode in ("max", "min"):
+        return _extreme(x_BTD, rows_BT, seen_BT, num_patches, 1 if mode == "max" else -1)
     x_BTD_wide = x_BTD.astype(_accumulator(x_BTD))
-    pooled_BPD = _segment_sum(jnp.where(valid_BT[..., None], x_BTD_wide, 0.0), rows_BT, num_patches)
-    if mode == "mean":
-        pooled_BPD = pooled_BPD / jnp.maximum(_count(rows_BT, valid_BT, num_patches), 1)[
-            ..., None
-        ].astype(pooled_BPD.dtype)
-    return pooled_BPD.astype(x_BTD.dtype)
+    pooled_BPD = _segment_sum(jnp.where(seen_BT[..., None], x_BTD_wide, 0.0), rows_BT, num_patches)
+    if mode == "sum":
+        return pooled_BPD.astype(x_BTD.dtype), None
+    count_BP = _count(rows_BT, seen_BT, num_patches).astype(pooled_BPD.dtype)
+    pooled_BPD = pooled_BPD / jnp.maximum(count_BP, 1.0)[..., None]
+    return pooled_BPD.astype(x_BTD.dtype), count_BP
 
 
-# Rows: `rows_BT` names, for every byte, the patch it reads from or adds to.
+def _extreme(x_BTD, rows_BT, seen_BT, num_patches, sign):
+    low_BTD = jnp.where(seen_BT[..., None], sign * x_BTD, -jnp.inf)
+    some_BP = _count(rows_BT, seen_BT, num_patches) > 0
+    best_BPD = sign * _segment_max(low_BTD, rows_BT, num_patches)
+    best_BPD = jnp.where(some_BP[..., None], best_BPD, 0.0)
+    reached_BTD = (x_BTD == take(best_BPD, rows_BT)) & seen_BT[..., None]
+    ties_BPD = _segment_sum(reached_BTD.astype(jnp.float32), rows_BT, num_patches)
+    return best_BPD, ties_BPD.astype(x_BTD.dtype)
+
+
+def pool_backward(x_BTD, out_BPD, weight, g_BPD, rows, mode: str) -> jax.Array:
+    """dx[B, T, D] in g's dtype; x and out matter for extremes only."""
+    rows_BT, seen_BT = rows
+    kept_BTD = seen_BT[..., None]
+    if mode in ("max", "min"):
+        kept_BTD &= x_BTD == take(out_BPD, rows_BT)
+    if weight is not None:
+        weight_BPD = weight if weight.ndim == 3 else weight[..., None]
+        g_BPD = g_BPD / jnp.maximum(weight_BPD, 1.0).astype(g_BPD.dtype)
+    return jnp.where(kept_BTD, take(g_BPD, rows_BT), 0.0)
 
 
 def _accumulator(x: jax.Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-
-
-def _sorted_rows(ids_BT, num_patches) -> tuple[jax.Array, jax.Array]:
-    """Patch ids made non-decreasing and in range everywhere, and where they were valid."""
-    valid_BT = (ids_BT >= 0) & (ids_BT < num_patches)
-    # An ignored byte goes to the patch before it, with the neutral element as its value.
-    return lax.cummax(jnp.where(valid_BT, ids_BT, 0), axis=1), valid_BT
 
 
 def _segment_sum(x_BT, rows_BT, num_patches) -> jax.Array:
@@ -48,43 +62,12 @@ def _segment_sum(x_BT, rows_BT, num_patches) -> jax.Array:
 
 
 def _segment_max(x_BT, rows_BT, num_patches) -> jax.Array:
-    take = functools.partial(jax.ops.segment_max, num_segments=num_patches, indices_are_sorted=True)
-    return jax.vmap(take)(x_BT, rows_BT)
+    most = functools.partial(jax.ops.segment_max, num_segments=num_patches, indices_are_sorted=True)
+    return jax.vmap(most)(x_BT, rows_BT)
 
 
-def _take(x_BP, rows_BT) -> jax.Array:
-    def take(x_P, rows_T):
-        return x_P.at[rows_T].get(indices_are_sorted=True, mode="promise_in_bounds")
-
-    return jax.vmap(take)(x_BP, rows_BT)
-
-
-def _count(rows_BT, valid_BT, num_patches) -> jax.Array:
-    return _segment_sum(valid_BT.astype(jnp.int32), rows_BT, num_patches)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _segment_extreme(x_BTD, rows_BT, valid_BT, num_patches) -> jax.Array:
-    low = jnp.where(valid_BT[..., None], x_BTD, -jnp.inf)
-    largest_BPD = _segment_max(low, rows_BT, num_patches)
-    some_BP = _count(rows_BT, valid_BT, num_patches) > 0
-    return jnp.where(some_BP[..., None], largest_BPD, 0.0)
-
-
-def _segment_extreme_forward(x_BTD, rows_BT, valid_BT, num_patches):
-    out_BPD = _segment_extreme(x_BTD, rows_BT, valid_BT, num_patches)
-    return out_BPD, (x_BTD, rows_BT, valid_BT, out_BPD)
-
-
-def _segment_extreme_backward(num_patches, residuals, g_BPD):
-    x_BTD, rows_BT, valid_BT, out_BPD = residuals
-    reached_BTD = (x_BTD == _take(out_BPD, rows_BT)) & valid_BT[..., None]
-    ties_BPD = _segment_sum(reached_BTD.astype(jnp.float32), rows_BT, num_patches)
-    share_BPD = g_BPD / jnp.maximum(ties_BPD, 1.0).astype(g_BPD.dtype)
-    return jnp.where(reached_BTD, _take(share_BPD, rows_BT), 0.0), None, None
-
-
-_segment_extreme.defvjp(_segment_extreme_forward, _segment_extreme_backward)
+def _count(rows_BT, seen_BT, num_patches) -> jax.Array:
+    return _segment_sum(seen_BT.astype(jnp.int32), rows_BT, num_patches)
 
 
 # Softmax over groups, met one step of the window at a time. The statistics of a group are the
@@ -123,59 +106,35 @@ def _finite(m: jax.Array) -> jax.Array:
 
 
 def _finish(statistics):
-    """Output and log-sum-exp of the scores, both 0 where nothing is seen."""
+    """Output and log-sum-exp of the scores, 0 and -inf where nothing is seen."""
     maximum, total, values = statistics
     total = jnp.where(total > 0, total, 1.0)
-    return values / total[..., None], _finite(maximum) + jnp.log(total)
-
-
-def _visible(rows_BT, valid_BT, segment_ids_BT, patch_segment_ids_BP) -> jax.Array:
-    """Which bytes reach the patch named by `rows_BT`: [B, T, 1, 1]."""
-    if segment_ids_BT is not None:
-        valid_BT &= segment_ids_BT == _take(patch_segment_ids_BP, rows_BT)
-    return valid_BT[:, :, None, None]
+    return values / total[..., None], maximum + jnp.log(total)
 
 
 # Patches attend to bytes.
 
 
-def patch_attention(
-    q_BPQHK, key_BTHK, value_BTHK, ids_BT, segment_ids_BT, patch_segment_ids_BP, scale, window
-):
-    """See `api.patch_attention`."""
-    sorted_ids = _sorted_rows(ids_BT, q_BPQHK.shape[1])
-    segments = (segment_ids_BT, patch_segment_ids_BP)
-    return _patch_attention(q_BPQHK, key_BTHK, value_BTHK, sorted_ids, segments, scale, window)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _patch_attention(q_BPQHK, key_BTHK, value_BTHK, sorted_ids, segments, scale, window):
-    arguments = (q_BPQHK, key_BTHK, value_BTHK, sorted_ids, segments)
-    return _patch_attention_forward(*arguments, scale, window)[0]
-
-
-def _patch_attention_scores(q_BPQHK, key_BTHK, sorted_ids, segments, scale, shift):
+def _patch_scores(q_BPQHK, key_BTHK, rows, segments, scale, shift):
     """The patch `shift` after each byte's own: its row, visibility, queries, scores."""
-    num_patches = q_BPQHK.shape[1]
-    ids_BT, valid_BT = sorted_ids
-    rows_BT = jnp.minimum(ids_BT + shift, num_patches - 1)
-    valid_BT = valid_BT & (ids_BT + shift < num_patches)
-    seen_BT11 = _visible(rows_BT, valid_BT, *segments)
-    q_BTQHK = _take(q_BPQHK, rows_BT).astype(_accumulator(q_BPQHK))
+    rows_BT, seen_BT = shifted_rows(*rows, shift, q_BPQHK.shape[1], *segments)
+    seen_BT11 = seen_BT[:, :, None, None]
+    q_BTQHK = take(q_BPQHK, rows_BT).astype(_accumulator(q_BPQHK))
     score_BTQH = (q_BTQHK * key_BTHK[:, :, None].astype(q_BTQHK.dtype)).sum(-1) * scale
     return rows_BT, seen_BT11, q_BTQHK, score_BTQH
 
 
-def _patch_attention_forward(q_BPQHK, key_BTHK, value_BTHK, sorted_ids, segments, scale, window):
+def patch_forward(q_BPQHK, key_BTHK, value_BTHK, rows, segments, scale, window):
+    """Output and log-sum-exp [B, P, Q, H] of patch_attention."""
     num_patches = q_BPQHK.shape[1]
 
     def step(shift):
-        rows_BT, seen_BT11, _, score_BTQH = _patch_attention_scores(
-            q_BPQHK, key_BTHK, sorted_ids, segments, scale, shift
+        rows_BT, seen_BT11, _, score_BTQH = _patch_scores(
+            q_BPQHK, key_BTHK, rows, segments, scale, shift
         )
         score_BTQH = jnp.where(seen_BT11, score_BTQH, -jnp.inf)
         m_BPQH = _segment_max(score_BTQH, rows_BT, num_patches)
-        weight_BTQH = jnp.exp(score_BTQH - _take(_finite(m_BPQH), rows_BT))
+        weight_BTQH = jnp.exp(score_BTQH - take(_finite(m_BPQH), rows_BT))
         value_BT1HK = value_BTHK[:, :, None].astype(weight_BTQH.dtype)
         weighted = jnp.where(seen_BT11[..., None], weight_BTQH[..., None] * value_BT1HK, 0.0)
         return (
@@ -185,12 +144,13 @@ def _patch_attention_forward(q_BPQHK, key_BTHK, value_BTHK, sorted_ids, segments
         )
 
     out, lse_BPQH = _finish(_over_window(window, step, _combine_statistics))
-    out = out.astype(q_BPQHK.dtype)
-    return out, (q_BPQHK, key_BTHK, value_BTHK, sorted_ids, segments, out, lse_BPQH)
+    return out.astype(q_BPQHK.dtype), lse_BPQH
 
 
-def _patch_attention_backward(scale, window, residuals, g_BPQHK):
-    q_BPQHK, key_BTHK, value_BTHK, sorted_ids, segments, out_BPQHK, lse_BPQH = residuals
+def patch_backward(
+    q_BPQHK, key_BTHK, value_BTHK, rows, segments, out_BPQHK, lse_BPQH, g_BPQHK, scale, window
+):
+    """dq, dkey, dvalue of patch_attention."""
     dtype = lse_BPQH.dtype
     num_patches = q_BPQHK.shape[1]
     key_BT1HK = key_BTHK[:, :, None].astype(dtype)
@@ -198,13 +158,13 @@ def _patch_attention_backward(scale, window, residuals, g_BPQHK):
     mean_BPQH = (g_BPQHK.astype(dtype) * out_BPQHK.astype(dtype)).sum(-1)
 
     def step(shift):
-        rows_BT, seen_BT11, q_BTQHK, score_BTQH = _patch_attention_scores(
-            q_BPQHK, key_BTHK, sorted_ids, segments, scale, shift
+        rows_BT, seen_BT11, q_BTQHK, score_BTQH = _patch_scores(
+            q_BPQHK, key_BTHK, rows, segments, scale, shift
         )
-        weight_BTQH = jnp.where(seen_BT11, jnp.exp(score_BTQH - _take(lse_BPQH, rows_BT)), 0.0)
-        g_BTQHK = _take(g_BPQHK, rows_BT).astype(dtype)
+        weight_BTQH = jnp.where(seen_BT11, jnp.exp(score_BTQH - take(lse_BPQH, rows_BT)), 0.0)
+        g_BTQHK = take(g_BPQHK, rows_BT).astype(dtype)
         d_weight_BTQH = (g_BTQHK * value_BT1HK).sum(-1)
-        d_score_BTQH = weight_BTQH * (d_weight_BTQH - _take(mean_BPQH, rows_BT)) * scale
+        d_score_BTQH = weight_BTQH * (d_weight_BTQH - take(mean_BPQH, rows_BT)) * scale
         d_score_BTQH1 = jnp.where(seen_BT11, d_score_BTQH, 0.0)[..., None]
         d_q_BTQHK = jnp.where(seen_BT11[..., None], d_score_BTQH1 * key_BT1HK, 0.0)
         return (
@@ -214,59 +174,42 @@ def _patch_attention_backward(scale, window, residuals, g_BPQHK):
         )
 
     d_q, d_key, d_value = _over_window(window, step, _add)
-    d_arrays = (d_q.astype(q_BPQHK.dtype), d_key.astype(key_BTHK.dtype))
-    return (*d_arrays, d_value.astype(value_BTHK.dtype), None, None)
-
-
-_patch_attention.defvjp(_patch_attention_forward, _patch_attention_backward)
+    return tuple(x.astype(q_BPQHK.dtype) for x in (d_q, d_key, d_value))
 
 
 # Bytes attend to the vectors of patches.
 
 
-def patch_gather_attention(
-    q_BTHK, key_BPQHK, value_BPQHK, ids_BT, segment_ids_BT, patch_segment_ids_BP, scale, window
-):
-    """See `api.patch_gather_attention`."""
-    sorted_ids = _sorted_rows(ids_BT, key_BPQHK.shape[1])
-    segments = (segment_ids_BT, patch_segment_ids_BP)
-    return _gather_attention(q_BTHK, key_BPQHK, value_BPQHK, sorted_ids, segments, scale, window)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _gather_attention(q_BTHK, key_BPQHK, value_BPQHK, sorted_ids, segments, scale, window):
-    arguments = (q_BTHK, key_BPQHK, value_BPQHK, sorted_ids, segments)
-    return _gather_attention_forward(*arguments, scale, window)[0]
-
-
-def _gather_attention_scores(q_BTHK, key_BPQHK, sorted_ids, segments, scale, shift):
+def _gather_scores(q_BTHK, key_BPQHK, rows, segments, scale, shift):
     """The patch `shift` before each byte's own: its row, visibility, keys, scores."""
-    ids_BT, valid_BT = sorted_ids
-    rows_BT = jnp.maximum(ids_BT - shift, 0)
-    seen_BT11 = _visible(rows_BT, valid_BT & (ids_BT >= shift), *segments)
-    key_BTQHK = _take(key_BPQHK, rows_BT).astype(_accumulator(q_BTHK))
+    rows_BT, seen_BT = shifted_rows(*rows, -shift, key_BPQHK.shape[1], *segments)
+    seen_BT11 = seen_BT[:, :, None, None]
+    key_BTQHK = take(key_BPQHK, rows_BT).astype(_accumulator(q_BTHK))
     score_BTQH = (q_BTHK[:, :, None].astype(key_BTQHK.dtype) * key_BTQHK).sum(-1) * scale
     return rows_BT, seen_BT11, key_BTQHK, score_BTQH
 
 
-def _gather_attention_forward(q_BTHK, key_BPQHK, value_BPQHK, sorted_ids, segments, scale, window):
+def gather_forward(q_BTHK, key_BPQHK, value_BPQHK, rows, segments, scale, window):
+    """Output and log-sum-exp [B, T, H] of patch_gather_attention."""
+
     def step(shift):
-        rows_BT, seen_BT11, _, score_BTQH = _gather_attention_scores(
-            q_BTHK, key_BPQHK, sorted_ids, segments, scale, shift
+        rows_BT, seen_BT11, _, score_BTQH = _gather_scores(
+            q_BTHK, key_BPQHK, rows, segments, scale, shift
         )
         score_BTQH = jnp.where(seen_BT11, score_BTQH, -jnp.inf)
         m_BTH = score_BTQH.max(2)
         weight_BTQH = jnp.exp(score_BTQH - _finite(m_BTH)[:, :, None])
-        value_BTQHK = _take(value_BPQHK, rows_BT).astype(weight_BTQH.dtype)
+        value_BTQHK = take(value_BPQHK, rows_BT).astype(weight_BTQH.dtype)
         return m_BTH, weight_BTQH.sum(2), (weight_BTQH[..., None] * value_BTQHK).sum(2)
 
     out, lse_BTH = _finish(_over_window(window, step, _combine_statistics))
-    out = out.astype(q_BTHK.dtype)
-    return out, (q_BTHK, key_BPQHK, value_BPQHK, sorted_ids, segments, out, lse_BTH)
+    return out.astype(q_BTHK.dtype), lse_BTH
 
 
-def _gather_attention_backward(scale, window, residuals, g_BTHK):
-    q_BTHK, key_BPQHK, value_BPQHK, sorted_ids, segments, out_BTHK, lse_BTH = residuals
+def gather_backward(
+    q_BTHK, key_BPQHK, value_BPQHK, rows, segments, out_BTHK, lse_BTH, g_BTHK, scale, window
+):
+    """dq, dkey, dvalue of patch_gather_attention."""
     dtype = lse_BTH.dtype
     num_patches = key_BPQHK.shape[1]
     q_BT1HK = q_BTHK[:, :, None].astype(dtype)
@@ -275,11 +218,11 @@ def _gather_attention_backward(scale, window, residuals, g_BTHK):
     lse_BT1H = lse_BTH[:, :, None]
 
     def step(shift):
-        rows_BT, seen_BT11, key_BTQHK, score_BTQH = _gather_attention_scores(
-            q_BTHK, key_BPQHK, sorted_ids, segments, scale, shift
+        rows_BT, seen_BT11, key_BTQHK, score_BTQH = _gather_scores(
+            q_BTHK, key_BPQHK, rows, segments, scale, shift
         )
         weight_BTQH = jnp.where(seen_BT11, jnp.exp(score_BTQH - lse_BT1H), 0.0)
-        d_weight_BTQH = (g_BT1HK * _take(value_BPQHK, rows_BT).astype(dtype)).sum(-1)
+        d_weight_BTQH = (g_BT1HK * take(value_BPQHK, rows_BT).astype(dtype)).sum(-1)
         d_score_BTQH = jnp.where(seen_BT11, weight_BTQH * (d_weight_BTQH - mean_BT1H), 0.0)
         d_score_BTQH1 = (d_score_BTQH * scale)[..., None]
         # An ignored byte may hold anything: nothing of it reaches the patches.
@@ -293,8 +236,4 @@ def _gather_attention_backward(scale, window, residuals, g_BTHK):
         )
 
     d_q, d_key, d_value = _over_window(window, step, _add)
-    d_arrays = (d_q.astype(q_BTHK.dtype), d_key.astype(key_BPQHK.dtype))
-    return (*d_arrays, d_value.astype(value_BPQHK.dtype), None, None)
-
-
-_gather_attention.defvjp(_gather_attention_forward, _gather_attention_backward)
+    return tuple(x.astype(q_BTHK.dtype) for x in (d_q, d_key, d_value))
