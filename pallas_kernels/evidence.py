@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.export
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 

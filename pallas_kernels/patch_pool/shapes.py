@@ -37,7 +37,39 @@ SHAPES = (
     Shape(name="segments_alone", num_bytes=26, num_patches=9, segments=True),
     Shape(name="more_patches_than_bytes", num_bytes=5, num_patches=11, num_vectors=3),
     Shape(name="eight_rows", rows=8, num_bytes=16, num_patches=5, window=2, segments=True),
+    Shape(name="several_tiles", rows=2, num_bytes=700, num_patches=150, ignored_bytes=(0, 300, -1)),
+    Shape(
+        name="patches_longer_than_tiles",
+        rows=1,
+        num_bytes=900,
+        num_patches=270,
+        num_vectors=1,
+        empty_patches=(0, *range(2, 130), *range(131, 269)),
+    ),
 )
+
+TRAINING_SHAPES = (
+    # BLT-1B and 8B (arXiv 2412.09871): rows of 8k and 16k bytes, patches of 4.5 bytes.
+    Shape(
+        name="blt_1b",
+        rows=2,
+        num_bytes=8192,
+        num_patches=1820,
+        num_vectors=2,
+        num_heads=16,
+        head_dim=64,
+    ),
+    Shape(
+        name="blt_8b",
+        rows=1,
+        num_bytes=16384,
+        num_patches=3640,
+        num_vectors=4,
+        num_heads=20,
+        head_dim=64,
+    ),
+)
+"""Shapes of training in bfloat16, for compilers and counts of bytes only: too large to interpret."""
 
 
 @dataclasses.dataclass(frozen=True)
