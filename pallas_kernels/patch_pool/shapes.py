@@ -69,7 +69,7 @@ TRAINING_SHAPES = (
         head_dim=64,
     ),
 )
-"""Shapes of training in bfloat16, for compilers and counts of bytes only: too large to interpret."""
+"""Shapes of training in bfloat16, to compile and count bytes of only: too large to interpret."""
 
 
 @dataclasses.dataclass(frozen=True)

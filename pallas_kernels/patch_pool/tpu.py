@@ -636,7 +636,8 @@ def gather_forward(q_BTHK, key_BPQHK, value_BPQHK, rows, scale, dtype, interpret
     q, key, value = map(_flat, (q_BTHK, key_BPQHK, value_BPQHK))
     heads = Heads(*key_BPQHK.shape[2:])
     tiles = _tiles(q.shape[1], key.shape[1], ATTENTION_TILE_PATCHES)
-    statistics = jax.ShapeDtypeStruct((q.shape[0], heads.heads, q.shape[1]), jnp.float32)
+    padded = tiles.byte_tiles * tiles.tile_bytes
+    statistics = jax.ShapeDtypeStruct((q.shape[0], heads.heads, padded), jnp.float32)
     out, lse_BHT = _walk(
         functools.partial(_gather_forward_kernel, tiles=tiles, heads=heads, scale=scale),
         tiles,
@@ -646,7 +647,7 @@ def gather_forward(q_BTHK, key_BPQHK, value_BPQHK, rows, scale, dtype, interpret
         flops=_score_flops(tiles, heads, 2),
         interpret=interpret,
     )
-    return out.reshape(q_BTHK.shape), lse_BHT.swapaxes(1, 2)
+    return out.reshape(q_BTHK.shape), lse_BHT[:, :, : tiles.num_bytes].swapaxes(1, 2)
 
 
 def _gather_forward_kernel(
@@ -698,7 +699,8 @@ def gather_backward(
     heads = Heads(*key_BPQHK.shape[2:])
     tiles = _tiles(q.shape[1], key.shape[1], ATTENTION_TILE_PATCHES)
     of_patches = (tiles.tile_patches, key.shape[2])
-    lse = ("byte_columns", lse_BTH.swapaxes(1, 2))
+    rest = tiles.byte_tiles * tiles.tile_bytes - tiles.num_bytes
+    lse = ("byte_columns", jnp.pad(lse_BTH.swapaxes(1, 2), ((0, 0), (0, 0), (0, rest))))
     d_q, d_key, d_value = _walk(
         functools.partial(_gather_backward_kernel, tiles=tiles, heads=heads, scale=scale),
         tiles,
