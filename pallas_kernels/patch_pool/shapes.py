@@ -37,7 +37,13 @@ SHAPES = (
     Shape(name="segments_alone", num_bytes=26, num_patches=9, segments=True),
     Shape(name="more_patches_than_bytes", num_bytes=5, num_patches=11, num_vectors=3),
     Shape(name="eight_rows", rows=8, num_bytes=16, num_patches=5, window=2, segments=True),
-    Shape(name="several_tiles", rows=2, num_bytes=700, num_patches=150, ignored_bytes=(0, 300, -1)),
+    Shape(
+        name="several_tiles",
+        num_bytes=700,
+        num_patches=150,
+        num_heads=1,
+        ignored_bytes=(0, 300, -1),
+    ),
     Shape(
         name="patches_longer_than_tiles",
         rows=1,
