@@ -4,15 +4,13 @@ import functools
 import sys
 
 import pytest
-from patch_operations import PatchOperations
+from patch_operations import Kernels, PatchOperations
 
 from pallas_kernels.patch_pool import gpu, vjp
 
 
-class TestGPUInterpreted(PatchOperations):
+class TestGPUInterpreted(Kernels, PatchOperations):
     implementation = "gpu"
-    modes = ("max", "mean")
-    compiler_options = (("xla_backend_optimization_level", 0),)
 
     @pytest.fixture(autouse=True)
     def interpreted(self, monkeypatch):

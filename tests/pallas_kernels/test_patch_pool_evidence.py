@@ -1,0 +1,152 @@
+"""The patch kernels on devices that are not here: TPU compiles, CUDA lowering, bytes moved."""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import evidence
+from pallas_kernels.patch_pool import gpu, tpu
+from pallas_kernels.patch_pool.rows import sorted_rows
+from pallas_kernels.patch_pool.shapes import SHAPES, TRAINING_SHAPES, make_arguments
+
+MODES = ("max", "mean", "sum", "min")
+ALL_SHAPES = SHAPES + TRAINING_SHAPES
+all_shapes = pytest.mark.parametrize("shape", ALL_SHAPES, ids=[s.name for s in ALL_SHAPES])
+training_shapes = pytest.mark.parametrize(
+    "shape", TRAINING_SHAPES, ids=[s.name for s in TRAINING_SHAPES]
+)
+THREE = [s for s in ALL_SHAPES if s.name in ("odd", "several_tiles", "blt_8b")]
+
+
+def calls_of(module, shape, modes=MODES) -> dict:
+    """name -> (function, arguments) of every kernel; only the rows of the bytes have values."""
+    b, t, p, h = shape.rows, shape.num_bytes, shape.num_patches, shape.num_heads
+    dtype = jnp.bfloat16 if shape in TRAINING_SHAPES else jnp.float32
+
+    def array(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    small = dataclasses.replace(shape, num_vectors=1, num_heads=1, head_dim=1)
+    rows = sorted_rows(jnp.asarray(make_arguments(small).patch_ids), p)
+    width = h * shape.head_dim
+    x, pooled = array(b, t, width), array(b, p, width)
+    calls = {}
+    for mode in modes:
+        extreme = mode in ("max", "min")
+        weight = {"sum": None, "mean": array(b, p, dtype=jnp.float32)}.get(mode, pooled)
+        calls[f"pool_forward {mode}"] = (
+            lambda x, rows, mode=mode: module.pool_forward(x, rows, p, mode),
+            (x, rows),
+        )
+        calls[f"pool_backward {mode}"] = (
+            lambda *args, mode=mode: module.pool_backward(*args, mode),
+            (x if extreme else None, pooled if extreme else None, weight, pooled, rows),
+        )
+    of_bytes = array(b, t, h, shape.head_dim)
+    of_patches = array(b, p, shape.num_vectors, h, shape.head_dim)
+    for side, q, key in (("patch", of_patches, of_bytes), ("gather", of_bytes, of_patches)):
+        forward, backward = getattr(module, f"{side}_forward"), getattr(module, f"{side}_backward")
+        lse = array(*q.shape[:-1], dtype=jnp.float32)
+        calls[f"{side}_forward"] = (
+            lambda *args, f=forward: f(*args, 0.1, dtype),
+            (q, key, key, rows),
+        )
+        calls[f"{side}_backward"] = (
+            lambda *args, f=backward: f(*args, 0.1, dtype),
+            (q, key, key, rows, q, lse, q),
+        )
+    return calls
+
+
+def all_at_once(calls):
+    """One program of all calls, which compiles faster than one by one."""
+
+    def run(arguments):
+        functions = [function for function, _ in calls.values()]
+        return [f(*args) for f, args in zip(functions, arguments, strict=True)]
+
+    return run, [[args for _, args in calls.values()]]
+
+
+@all_shapes
+def test_tpu_compile(shape):
+    calls = calls_of(tpu, shape)
+    text = evidence.compile_for_tpu(*all_at_once(calls)).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= len(calls)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("shape", THREE, ids=[s.name for s in THREE])
+def test_tpu_compile_of_other_chips(shape, chip):
+    calls = calls_of(tpu, shape, modes=("max", "mean"))
+    evidence.compile_for_tpu(*all_at_once(calls), evidence.TOPOLOGIES[chip])
+
+
+@all_shapes
+def test_cuda_lowering(shape):
+    calls = calls_of(gpu, shape)
+    lowering = evidence.lower_for_cuda(*all_at_once(calls))
+    assert lowering.kernels == ("__gpu$xla.gpu.triton",) * len(calls)
+
+
+@all_shapes
+def test_cost_estimates_equal_the_count(shape):
+    for name, (function, args) in calls_of(tpu, shape).items():
+        (call,) = evidence.kernel_traffic(function, *args)
+        assert call.declared == call.total, name
+
+
+@training_shapes
+def test_bytes_near_the_ideal(shape):
+    for name, (function, args) in calls_of(tpu, shape).items():
+        moved = evidence.bytes_moved(function, *args)
+        ideal = evidence.ideal_bytes(function, *args)
+        # Ids are copied as int32 codes in place of int32 rows and booleans.
+        assert 0.99 * ideal <= moved <= 1.01 * ideal, name
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_none_takes_the_kernel_of_the_platform(platform):
+    shape = next(s for s in SHAPES if s.name == "odd")
+    arguments = make_arguments(shape)
+    attend = functools.partial(pallas_kernels.patch_attention, patch_ids=arguments.patch_ids)
+
+    def gradients(q, key, value):
+        out, vjp = jax.vjp(attend, q, key, value)
+        return vjp(out)
+
+    arrays = (arguments.patches_q, arguments.bytes_key, arguments.bytes_value)
+    if platform == "tpu":
+        found = evidence.compile_for_tpu(gradients, arrays).as_text()
+        assert found.count('custom_call_target="tpu_custom_call"') >= 2
+    else:
+        assert len(evidence.lower_for_cuda(gradients, arrays).kernels) == 2
+
+
+def test_none_takes_xla_where_kernels_cannot_be_partitioned():
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    x, ids = np.zeros((8, 4, 8), np.float32), np.zeros((8, 4), np.int32)
+
+    def pool(x, ids):
+        return pallas_kernels.patch_pool(x, ids, 2)
+
+    def has_kernel(function):
+        return "pallas_call" in str(jax.make_jaxpr(function)(x, ids))
+
+    assert has_kernel(pool)
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.PartitionSpec("data")
+        assert not has_kernel(pool)
+        assert has_kernel(
+            jax.shard_map(pool, in_specs=(rows, rows), out_specs=rows, check_vma=False)
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
