@@ -52,10 +52,7 @@ def cases(num_bytes: int) -> dict:
         return *forms, floats, [jnp.ones((ROWS, length), jnp.int32)]
 
     def operation(function, floats):
-        forms = [
-            lambda *x, i=i: function(*x, implementation=i)
-            for i in ("xla", "reference")
-        ]
+        forms = [lambda *x, i=i: function(*x, implementation=i) for i in ("xla", "reference")]
         return *forms, floats, [jnp.asarray(ids)]
 
     def pool(x, ids, implementation):

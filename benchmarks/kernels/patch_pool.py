@@ -28,7 +28,7 @@ def rows() -> list[dict]:
             runs = {"fast": timed(fast, floats, ids)}
             if dense is not None and num_bytes == DENSE_BYTES:
                 runs["dense"] = timed(dense, floats, ids)
-            found = times[name, num_bytes] = medians(runs)
+            found = times[name, num_bytes] = medians(runs, limit=5.0)
             row = {"operation": name, "bytes": num_bytes, "ms": found["fast"]}
             if "dense" in found:
                 row |= {"dense ms": found["dense"], "ratio": found["dense"] / found["fast"]}
