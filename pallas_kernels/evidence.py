@@ -8,7 +8,6 @@ the kernel's author declared. Nothing here measures time.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -217,21 +216,24 @@ def _traffic(operands, *, grid_mapping, compiler_params, cost_estimate, name, **
         )
     sizes = iter(bounds)
     grid = tuple(int(n) if isinstance(n, int) else int(next(sizes)) for n in grid_mapping.grid)
-    copied = [_block_bytes(block, grid, prefetched, name) for block in grid_mapping.block_mappings]
+    blocks = grid_mapping.block_mappings
+    for block in blocks:
+        space = str(block.transformed_block_aval.memory_space).lower()
+        if space.endswith(("any", "hbm", "semaphore")):
+            raise NotImplementedError(f"{name}: {block.origin} stays in HBM, not copied by blocks")
+    starts = _block_starts(blocks, grid, prefetched) if math.prod(grid) else [None] * len(blocks)
+    copied = [_block_bytes(*of_block) for of_block in zip(blocks, starts, strict=True)]
     scalars = [_nbytes(np.shape(x), jnp.result_type(x)) for x in prefetched]
     inputs, results = copied[: grid_mapping.num_inputs], copied[grid_mapping.num_inputs :]
     declared = None if cost_estimate is None else cost_estimate.bytes_accessed
     return KernelTraffic(name or "", grid, (*scalars, *inputs), tuple(results), declared)
 
 
-def _block_bytes(block, grid, prefetched, name) -> int:
-    """Bytes that the pipeline copies for one operand or result."""
-    shape, dtype = block.array_aval.shape, block.array_aval.dtype
-    if math.prod(grid) == 0:
+def _block_bytes(block, starts) -> int:
+    """Bytes that the pipeline copies for one operand or result; starts[steps, axes], None: none."""
+    if starts is None:
         return 0
-    if str(block.transformed_block_aval.memory_space).lower().endswith(("any", "hbm", "semaphore")):
-        raise NotImplementedError(f"{name}: {block.origin} stays in HBM, its copies are not blocks")
-    starts = _block_starts(block, grid, prefetched)
+    shape, dtype = block.array_aval.shape, block.array_aval.dtype
     changed = np.ones(len(starts), bool)
     changed[1:] = (starts[1:] != starts[:-1]).any(axis=1)
     sizes = np.array([getattr(size, "block_size", 1) for size in block.block_shape], np.int64)
@@ -239,28 +241,20 @@ def _block_bytes(block, grid, prefetched, name) -> int:
     return _nbytes((int(inside.prod(axis=1).sum()),), dtype)
 
 
-def _block_starts(block, grid, prefetched) -> np.ndarray:
-    """First element of the block at every grid step in order: [steps, axes]."""
-    if not block.block_shape:
-        return np.zeros((math.prod(grid), 0), np.int64)
-    steps = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
-    if not grid:
-        steps = np.zeros((0, 1), np.int32)
+def _block_starts(blocks, grid, prefetched) -> list[np.ndarray]:
+    """First element of every block at every grid step in order: [steps, axes] of each."""
+    steps = np.indices(grid, dtype=np.int32).reshape(len(grid), math.prod(grid))
 
-    @jax.jit
-    def starts(steps, prefetched):
-        one = functools.partial(_start, block)
-        return jax.vmap(one, in_axes=(0, None), axis_size=steps.shape[1])(
-            tuple(steps), tuple(prefetched)
-        )
+    def start(step, prefetched):
+        starts = (block.compute_start_indices_interpret(step, *prefetched) for block in blocks)
+        return [[jnp.asarray(x, jnp.int32) for x in of_block] for of_block in starts]
 
-    columns = starts(steps, prefetched)
-    return np.stack([np.broadcast_to(c, steps.shape[1:]) for c in columns], 1).astype(np.int64)
-
-
-def _start(block, step, prefetched):
-    start = block.compute_start_indices_interpret(step, *prefetched)
-    return tuple(jnp.asarray(x, jnp.int32) for x in start)
+    walk = jax.vmap(start, in_axes=(0, None), axis_size=steps.shape[1])
+    columns = jax.jit(walk)(tuple(steps), tuple(prefetched))
+    empty = np.zeros((steps.shape[1], 0), np.int64)
+    return [
+        np.stack(of_block, axis=1).astype(np.int64) if of_block else empty for of_block in columns
+    ]
 
 
 def _nbytes(shape, dtype) -> int:
