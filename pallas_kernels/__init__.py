@@ -3,6 +3,24 @@
 Needs only jax and numpy. Every operation takes `implementation=None`, see `dispatch.py`.
 """
 
+from pallas_kernels.grouped_matmul import (
+    gmm,
+    make_group_metadata,
+    sort_by_expert,
+    sort_rows,
+    tgmm,
+    unsort_rows,
+)
 from pallas_kernels.patch_pool import patch_attention, patch_gather_attention, patch_pool
 
-__all__ = ["patch_attention", "patch_gather_attention", "patch_pool"]
+__all__ = [
+    "gmm",
+    "make_group_metadata",
+    "patch_attention",
+    "patch_gather_attention",
+    "patch_pool",
+    "sort_by_expert",
+    "sort_rows",
+    "tgmm",
+    "unsort_rows",
+]

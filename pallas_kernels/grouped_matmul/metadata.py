@@ -1,0 +1,128 @@
+"""Where the rows of every group lie, and which (group, row tile) pairs a kernel visits.
+
+Rows outside all local groups belong to two margins, one before the first local group and one after
+the last: a kernel visits the tiles of the margins too, and writes zeros there. A tile shared by
+several groups is visited once per group, one visit after the other.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import checkify
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupMetadata:
+    """The layout of one routing, shared by every `gmm` and `tgmm` over the same rows.
+
+    starts[g], sizes[g]: first row and number of rows of every local group.
+    row_groups[m]: the local group of every row, g for rows outside all local groups.
+    visit_groups[v], visit_tiles[v], num_visits[1]: the pairs `gmm` walks, v = tiles + g + 1 at
+        most; group 0 and g + 1 are the margins, local group i is i + 1. What lies behind
+        num_visits repeats the last pair.
+    update_groups[u], update_tiles[u], num_updates[1]: the pairs `tgmm` walks, u = tiles + g - 1
+        at most and at least g: local groups only, an empty one is visited once.
+    """
+
+    starts: Any
+    sizes: Any
+    row_groups: Any
+    visit_groups: Any
+    visit_tiles: Any
+    num_visits: Any
+    update_groups: Any
+    update_tiles: Any
+    num_updates: Any
+    num_rows: int = dataclasses.field(metadata=dict(static=True))
+    tile_rows: int = dataclasses.field(metadata=dict(static=True))
+    num_groups: int = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def num_local_groups(self) -> int:
+        return self.starts.shape[0]
+
+
+def make(group_sizes, num_rows, group_offset, num_local_groups, tile_rows) -> GroupMetadata:
+    """See `api.make_group_metadata`, which checks the arguments."""
+    _debug_checks(group_sizes, num_rows)
+    ends = _ends(group_sizes, num_rows)
+    num_groups = ends.shape[0]
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    if group_offset is not None or num_local_groups != num_groups:
+        first = jnp.zeros((), jnp.int32) if group_offset is None else group_offset
+        first = jnp.clip(first, 0, num_groups - num_local_groups).astype(jnp.int32)
+        starts = lax.dynamic_slice_in_dim(starts, first, num_local_groups)
+        ends = lax.dynamic_slice_in_dim(ends, first, num_local_groups)
+    row_groups = _row_groups(starts, ends, num_rows)
+    num_tiles = -(-num_rows // tile_rows)
+    visits = _visits(
+        jnp.concatenate([jnp.zeros(1, jnp.int32), starts, ends[-1:]]),
+        jnp.concatenate([starts[:1], ends, jnp.full(1, num_rows, jnp.int32)]),
+        tile_rows,
+        num_tiles + num_local_groups + 1,
+        visit_empty=False,
+    )
+    updates = _visits(
+        starts, ends, tile_rows, max(num_tiles, 1) + num_local_groups - 1, visit_empty=True
+    )
+    return GroupMetadata(
+        starts=starts,
+        sizes=ends - starts,
+        row_groups=row_groups,
+        visit_groups=visits[0],
+        visit_tiles=visits[1],
+        num_visits=visits[2],
+        update_groups=updates[0],
+        update_tiles=jnp.minimum(updates[1], num_tiles - 1),
+        num_updates=updates[2],
+        num_rows=num_rows,
+        tile_rows=tile_rows,
+        num_groups=num_groups,
+    )
+
+
+def _debug_checks(group_sizes: jax.Array, num_rows: int) -> None:
+    """Errors under `checkify`, nothing otherwise."""
+    total = group_sizes.astype(jnp.float32).sum()
+    checkify.debug_check((group_sizes >= 0).all(), "group_sizes holds a negative size")
+    checkify.debug_check(
+        total <= num_rows,
+        "group_sizes add up to {total}; at most {num_rows} rows exist",
+        total=total,
+        num_rows=jnp.asarray(num_rows, jnp.int32),
+    )
+
+
+def _ends(group_sizes: jax.Array, num_rows: int) -> jax.Array:
+    """Row behind each group; negative sizes count as 0, rows past the last are cut off."""
+    info = np.iinfo(group_sizes.dtype)
+    if info.max > num_rows:
+        group_sizes = jnp.minimum(group_sizes, np.asarray(num_rows, group_sizes.dtype))
+    if info.min < 0:
+        group_sizes = jnp.maximum(group_sizes, np.asarray(0, group_sizes.dtype))
+    # Saturating, so that the sum cannot overflow.
+    return lax.associative_scan(
+        lambda a, b: jnp.minimum(a + b, np.int32(num_rows)), group_sizes.astype(jnp.int32)
+    )
+
+
+def _row_groups(starts: jax.Array, ends: jax.Array, num_rows: int) -> jax.Array:
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
+    return jnp.where(rows < starts[0], np.int32(starts.shape[0]), group)
+
+
+def _visits(starts, ends, tile_rows: int, length: int, visit_empty: bool):
+    """Pairs (group, tile), group by group and tiles ascending, and their number."""
+    first = starts // tile_rows
+    count = jnp.where(ends > starts, -(-ends // tile_rows) - first, np.int32(visit_empty))
+    behind = jnp.cumsum(count, dtype=jnp.int32)
+    visit = jnp.minimum(jnp.arange(length, dtype=jnp.int32), behind[-1] - 1)
+    group = jnp.searchsorted(behind, visit, side="right").astype(jnp.int32)
+    tile = first[group] + visit - (behind - count)[group]
+    return group, tile, behind[-1:]

@@ -1,0 +1,107 @@
+"""Tokens to rows sorted by expert, and back, by gathers in both directions.
+
+Axis letters: T tokens, K experts per token, E experts, D width; rows = T * K.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+
+class Routing(NamedTuple):
+    """order[rows]: the flat (token, choice) of every row; inverse[T, K]: the row of every choice.
+
+    group_sizes[E]: rows of each expert. Rows behind their sum belong to no expert.
+    """
+
+    order: Any
+    inverse: Any
+    group_sizes: Any
+
+
+def sort_by_expert(expert_ids: ArrayLike, num_experts: int) -> Routing:
+    """The stable order of the choices expert_ids[T, K] by expert.
+
+    Ids outside 0 .. num_experts - 1 mark dropped choices: their rows come last, in no group.
+    """
+    expert_ids = jnp.asarray(expert_ids)
+    if not jnp.issubdtype(expert_ids.dtype, jnp.integer):
+        raise TypeError(f"expert_ids has dtype {expert_ids.dtype}; an integer dtype is needed")
+    if expert_ids.ndim != 2 or 0 in expert_ids.shape:
+        raise ValueError(f"expert_ids has shape {expert_ids.shape}; [T, K] of at least 1 is needed")
+    num_experts = operator.index(num_experts)
+    if num_experts < 1:
+        raise ValueError(f"num_experts={num_experts} must be at least 1")
+    ids = expert_ids.astype(jnp.int32).reshape(-1)
+    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, np.int32(num_experts))
+    rows = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    sorted_ids, order = jax.lax.sort_key_val(ids, rows, is_stable=True)
+    inverse = jnp.zeros_like(rows).at[order].set(rows, unique_indices=True)
+    behind = jnp.searchsorted(
+        sorted_ids, jnp.arange(num_experts, dtype=jnp.int32), side="right"
+    ).astype(jnp.int32)
+    return Routing(order, inverse.reshape(expert_ids.shape), jnp.diff(behind, prepend=np.int32(0)))
+
+
+@jax.custom_vjp
+def sort_rows(x: jax.Array, routing: Routing) -> jax.Array:
+    """The token of every row: x[T, D] -> [rows, D]."""
+    return _take(x, routing.order // np.int32(routing.inverse.shape[1]))
+
+
+def _sort_rows_forward(x, routing):
+    return sort_rows(x, routing), routing
+
+
+def _sort_rows_backward(routing, g):
+    return _sum_of_choices(g, routing.inverse, None).astype(g.dtype), None
+
+
+sort_rows.defvjp(_sort_rows_forward, _sort_rows_backward)
+
+
+@jax.custom_vjp
+def unsort_rows(rows: jax.Array, weights: jax.Array, routing: Routing) -> jax.Array:
+    """The weighted sum of every token's rows: rows[rows, D], weights[T, K] -> [T, D]."""
+    return _sum_of_choices(rows, routing.inverse, weights).astype(rows.dtype)
+
+
+def _unsort_rows_forward(rows, weights, routing):
+    return unsort_rows(rows, weights, routing), (rows, weights, routing)
+
+
+def _unsort_rows_backward(residuals, g):
+    rows, weights, routing = residuals
+    of_row = _take(g, routing.order // np.int32(weights.shape[1]))
+    row_weights = _take(weights.reshape(-1), routing.order).astype(_wide(rows.dtype))
+    d_rows = (of_row.astype(row_weights.dtype) * row_weights[:, None]).astype(rows.dtype)
+    products = [
+        (_take(rows, chosen).astype(row_weights.dtype) * g.astype(row_weights.dtype)).sum(-1)
+        for chosen in routing.inverse.T
+    ]
+    return d_rows, jnp.stack(products, axis=1).astype(weights.dtype), None
+
+
+unsort_rows.defvjp(_unsort_rows_forward, _unsort_rows_backward)
+
+
+def _sum_of_choices(rows, inverse, weights) -> jax.Array:
+    total = 0
+    for choice in range(inverse.shape[1]):
+        taken = _take(rows, inverse[:, choice]).astype(_wide(rows.dtype))
+        if weights is not None:
+            taken = taken * weights[:, choice, None].astype(taken.dtype)
+        total = taken + total
+    return total
+
+
+def _take(x, rows) -> jax.Array:
+    return x.at[rows].get(mode="promise_in_bounds")
+
+
+def _wide(dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,118 @@
+"""Gradients of the grouped products, by each other.
+
+    out = gmm(lhs, rhs):   d lhs = gmm(d out, rhs^T),          d rhs = tgmm(lhs, d out)
+    out = tgmm(lhs, dout): d lhs = gmm(dout, d out^T),         d dout = gmm(lhs, d out)
+
+`rhs^T` is `transpose_rhs` toggled, nothing is transposed in memory. The rules call the
+differentiable products, so derivatives of any order exist.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The products of one implementation: gmm, tgmm, and gmm with a fused SwiGLU or None."""
+
+    gmm: Callable[..., jax.Array]
+    tgmm: Callable[..., jax.Array]
+    swiglu: Callable[..., jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a product needs besides arrays; `tiling` is (rows, contracted, columns) or None."""
+
+    form: Form
+    out_dtype: Any
+    transpose_rhs: bool = False
+    tiling: tuple[int, int, int] | None = None
+
+    def backward(self, out_dtype, transpose_rhs=False, order=(0, 1, 2)) -> "Options":
+        """The same form with another result, and the tiles permuted as the axes are."""
+        tiling = self.tiling and tuple(self.tiling[i] for i in order)
+        return Options(self.form, jnp.dtype(out_dtype), transpose_rhs, tiling)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gmm(lhs, rhs, metadata, options: Options) -> jax.Array:
+    return options.form.gmm(
+        lhs, rhs, metadata, options.transpose_rhs, options.out_dtype, options.tiling
+    )
+
+
+def _gmm_forward(lhs, rhs, metadata, options):
+    return gmm(lhs, rhs, metadata, options), (lhs, rhs, metadata)
+
+
+def _gmm_backward(options, residuals, g):
+    lhs, rhs, metadata = residuals
+    g = g.astype(lhs.dtype)
+    swapped = options.backward(lhs.dtype, not options.transpose_rhs, (0, 2, 1))
+    d_lhs = gmm(g, rhs, metadata, swapped)
+    if options.transpose_rhs:
+        d_rhs = tgmm(g, lhs, metadata, options.backward(rhs.dtype, order=(0, 2, 1)))
+    else:
+        d_rhs = tgmm(lhs, g, metadata, options.backward(rhs.dtype))
+    return d_lhs, d_rhs, None
+
+
+gmm.defvjp(_gmm_forward, _gmm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tgmm(lhs, dout, metadata, options: Options) -> jax.Array:
+    return options.form.tgmm(lhs, dout, metadata, options.out_dtype, options.tiling)
+
+
+def _tgmm_forward(lhs, dout, metadata, options):
+    return tgmm(lhs, dout, metadata, options), (lhs, dout, metadata)
+
+
+def _tgmm_backward(options, residuals, g):
+    lhs, dout, metadata = residuals
+    g = g.astype(lhs.dtype)
+    d_lhs = gmm(dout, g, metadata, options.backward(lhs.dtype, True, (0, 2, 1)))
+    d_dout = gmm(lhs, g, metadata, options.backward(dout.dtype))
+    return d_lhs, d_dout, None
+
+
+tgmm.defvjp(_tgmm_forward, _tgmm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def swiglu(lhs, rhs, metadata, options: Options) -> jax.Array:
+    """silu(lhs @ gate) * (lhs @ up) for rhs = [gate | up] in its columns."""
+    if options.form.swiglu is not None:
+        return options.form.swiglu(lhs, rhs, metadata, options.out_dtype, options.tiling)
+    hidden = gmm(lhs, rhs, metadata, dataclasses.replace(options, out_dtype=lhs.dtype))
+    return _gated(hidden).astype(options.out_dtype)
+
+
+def _swiglu_forward(lhs, rhs, metadata, options):
+    # The pre-activations are kept, so that the backward pass repeats no product.
+    unfused = dataclasses.replace(options, out_dtype=lhs.dtype)
+    hidden = gmm(lhs, rhs, metadata, unfused)
+    return _gated(hidden).astype(options.out_dtype), (lhs, rhs, metadata, hidden)
+
+
+def _swiglu_backward(options, residuals, g):
+    lhs, rhs, metadata, hidden = residuals
+    _, vjp = jax.vjp(_gated, hidden)
+    (d_hidden,) = vjp(g.astype(hidden.dtype))
+    unfused = dataclasses.replace(options, out_dtype=lhs.dtype)
+    return _gmm_backward(unfused, (lhs, rhs, metadata), d_hidden)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _gated(hidden: jax.Array) -> jax.Array:
+    gate, up = jnp.split(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)), 2, axis=1)
+    return (jax.nn.silu(gate) * up).astype(hidden.dtype)
