@@ -1,20 +1,21 @@
 """The choice among the implementations of an operation."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
 
+Form = TypeVar("Form")
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "interpret")
 
 
 def choose(
-    operation: str, implementation: str | None, forms: Mapping[str | None, Callable[..., Any]]
-) -> Callable[..., Any]:
+    operation: str, implementation: str | None, forms: Mapping[str | None, Form]
+) -> Form:
     """Returns the form of `operation` that `implementation` names.
 
-    `forms` maps names to functions with equal signatures and holds at least "xla"; the form under
+    `forms` maps names to functions (or sets of functions) with equal signatures and holds at least "xla"; the form under
     None, "xla" if there is none, is taken for None.
     Raises ValueError for a name nobody knows, NotImplementedError for a known one that
     this operation does not have.

@@ -3,12 +3,15 @@
 On the CPU it multiplies every group with all rows: groups times the work, and the memory.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
 from pallas_kernels.grouped_matmul.reference import accumulator
+from pallas_kernels.grouped_matmul.sequential import one_by_one
 
 
 def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> jax.Array:
@@ -17,9 +20,8 @@ def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> 
     _refuse_offset(metadata)
     if transpose_rhs:
         rhs = rhs.swapaxes(1, 2)
-    out = lax.ragged_dot(
-        _own(lhs, metadata), rhs, metadata.sizes, preferred_element_type=accumulator(lhs.dtype)
-    )
+    product = functools.partial(lax.ragged_dot, preferred_element_type=accumulator(lhs.dtype))
+    out = one_by_one(product)(_own(lhs, metadata), rhs, metadata.sizes)
     return _own(out.astype(out_dtype), metadata)
 
 
@@ -32,13 +34,12 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[],
     )
-    out = lax.ragged_dot_general(
-        _own(lhs, metadata),
-        _own(dout, metadata),
-        metadata.sizes,
-        numbers,
+    product = functools.partial(
+        lax.ragged_dot_general,
+        ragged_dot_dimension_numbers=numbers,
         preferred_element_type=accumulator(lhs.dtype),
     )
+    out = one_by_one(product)(_own(lhs, metadata), _own(dout, metadata), metadata.sizes)
     return out.astype(out_dtype)
 
 

@@ -8,6 +8,7 @@ No array is larger than rows + groups * T, no work is done for groups times rows
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import lax
 
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
 from pallas_kernels.grouped_matmul.reference import accumulator
+from pallas_kernels.grouped_matmul.sequential import one_by_one
 
 # Capacities as multiples of the mean group; 0 leaves all rows to the tiles.
 CAPACITIES = (0.0, 1.0, 1.125, 1.25, 1.5)
@@ -51,64 +53,62 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
     return one_by_one(product)(lhs, dout, metadata)
 
 
-def one_by_one(function):
-    """`function`, which `vmap` runs once per element: branches and loops keep their bounds."""
-    return jax.custom_batching.sequential_vmap(function)
-
-
 def _gmm(capacity, transpose_rhs, out_dtype, lhs, rhs, metadata) -> jax.Array:
-    starts, sizes = metadata.starts, metadata.sizes
-    contract = (1, 1 if transpose_rhs else 0)
-    num_columns = rhs.shape[1 if transpose_rhs else 2]
-    group = jnp.minimum(metadata.row_groups, np.int32(starts.shape[0] - 1))
-    position = jnp.arange(lhs.shape[0], dtype=jnp.int32) - starts[group]
-    tile_rows = _tile_rows(metadata)
-    tiles = _Tiles(starts, sizes, capacity, tile_rows, metadata.num_rows)
+    contracted, columns = (2, 1) if transpose_rhs else (1, 2)
+    tiles = _Tiles(metadata, capacity)
+    if capacity:
+        block = _take(lhs, _block_rows(metadata.starts, capacity))
+        product = _dot(block, rhs, (((2,), (contracted,)), ((0,), (0,))))
+        out = _from_block(product.astype(out_dtype), metadata)
+    else:
+        out = jnp.zeros((lhs.shape[0], rhs.shape[columns]), out_dtype)
 
     def multiply_tile(index, out):
         weight = lax.dynamic_index_in_dim(rhs, tiles.groups[index], keepdims=False)
-        rows = _tile(lhs, tiles.starts[index], tile_rows)
-        product = _dot(rows, weight, ((contract[:1], contract[1:]), ((), ())))
-        return lax.dynamic_update_index_in_dim(out, product.astype(out_dtype), index, 0)
+        start, own = tiles.rows(index)
+        rows = lax.dynamic_slice_in_dim(lhs, start, tiles.size)
+        product = _dot(rows, weight, (((1,), (contracted - 1,)), ((), ())))
+        others = lax.dynamic_slice_in_dim(out, start, tiles.size)
+        product = jnp.where(own[:, None], product.astype(out_dtype), others)
+        return lax.dynamic_update_slice_in_dim(out, product, start, 0)
 
-    out = lax.empty((len(tiles.groups), tile_rows, num_columns), out_dtype)
-    out = lax.fori_loop(0, tiles.number, multiply_tile, out).reshape(-1, num_columns)
-    source = jnp.maximum(tiles.first[group] * tile_rows + position - capacity, 0)
-    out = _take(out, source)
-    if capacity:
-        block = _take(lhs, _block_rows(starts, capacity))
-        numbers = ((2,), (contract[1] + 1,)), ((0,), (0,))
-        product = _dot(block, rhs, numbers).astype(out_dtype).reshape(-1, num_columns)
-        in_block = position < capacity
-        source = group * capacity + jnp.clip(position, 0, capacity - 1)
-        out = jnp.where(in_block[:, None], _take(product, source), out)
-    return jnp.where((metadata.row_groups < starts.shape[0])[:, None], out, jnp.zeros((), out_dtype))
+    return lax.fori_loop(0, tiles.number, multiply_tile, out)
+
+
+def _from_block(block, metadata) -> jax.Array:
+    """Rows [m, n] from blocks [g, C, n], 0 where a row is in no block."""
+    num_groups, capacity, num_columns = block.shape
+    group = jnp.minimum(metadata.row_groups, np.int32(num_groups - 1))
+    position = jnp.arange(metadata.num_rows, dtype=jnp.int32) - metadata.starts[group]
+    inside = (position < capacity) & (metadata.row_groups < num_groups)
+    source = group * capacity + jnp.clip(position, 0, capacity - 1)
+    rows = _take(block.reshape(-1, num_columns), source)
+    return jnp.where(inside[:, None], rows, jnp.zeros((), block.dtype))
 
 
 def _tgmm(capacity, out_dtype, lhs, dout, metadata) -> jax.Array:
-    starts, sizes = metadata.starts, metadata.sizes
-    shape = (starts.shape[0], lhs.shape[1], dout.shape[1])
-    tile_rows = _tile_rows(metadata)
-    tiles = _Tiles(starts, sizes, capacity, tile_rows, metadata.num_rows)
-
+    tiles = _Tiles(metadata, capacity)
     if capacity:
-        own = (jnp.arange(capacity, dtype=jnp.int32) < sizes[:, None])[..., None]
-        rows = _block_rows(starts, capacity)
-        blocks = [jnp.where(own, _take(x, rows), jnp.zeros((), x.dtype)) for x in (lhs, dout)]
+        rows = _block_rows(metadata.starts, capacity)
+        own = jnp.arange(capacity, dtype=jnp.int32)[None] < metadata.sizes[:, None]
+        blocks = [_only(own, _take(x, rows)) for x in (lhs, dout)]
         out = _dot(*blocks, (((1,), (1,)), ((0,), (0,))))
     else:
+        shape = (metadata.num_local_groups, lhs.shape[1], dout.shape[1])
         out = jnp.zeros(shape, accumulator(lhs.dtype))
 
     def add_tile(index, out):
-        own = (jnp.arange(tile_rows, dtype=jnp.int32) < tiles.rows[index])[:, None]
-        rows = [
-            jnp.where(own, _tile(x, tiles.starts[index], tile_rows), jnp.zeros((), x.dtype))
-            for x in (lhs, dout)
-        ]
+        start, own = tiles.rows(index)
+        rows = [_only(own, lax.dynamic_slice_in_dim(x, start, tiles.size)) for x in (lhs, dout)]
         product = _dot(*rows, (((0,), (0,)), ((), ())))
         return out.at[tiles.groups[index]].add(product, mode="promise_in_bounds")
 
     return lax.fori_loop(0, tiles.number, add_tile, out).astype(out_dtype)
+
+
+def _only(own, x) -> jax.Array:
+    """x where `own` holds, 0 elsewhere, whatever x holds there."""
+    return jnp.where(own[..., None], x, jnp.zeros((), x.dtype))
 
 
 def _dot(lhs, rhs, numbers) -> jax.Array:
@@ -123,30 +123,32 @@ def _block_rows(starts, capacity: int) -> jax.Array:
     return starts[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
 
 
-def _tile(x, start, tile_rows: int) -> jax.Array:
-    return _take(x, start + jnp.arange(tile_rows, dtype=jnp.int32))
-
-
 class _Tiles:
-    """The rows of every group beyond the first `capacity`, cut into tiles of `tile_rows`.
+    """The rows of every group beyond the first `capacity`, cut into tiles of `size`.
 
-    groups, starts, rows[tile]: the group, first row and number of rows of each tile.
-    first[g]: the first tile of each group. number: how many tiles are in use.
+    groups[tile]: the group of each tile. number: how many tiles are in use.
     """
 
-    def __init__(self, starts, sizes, capacity: int, tile_rows: int, num_rows: int):
-        rest = jnp.maximum(sizes - capacity, 0)
-        count = -(-rest // tile_rows)
+    def __init__(self, metadata: GroupMetadata, capacity: int):
+        self.size = _tile_rows(metadata)
+        rest = jnp.maximum(metadata.sizes - capacity, 0)
+        count = -(-rest // self.size)
         behind = jnp.cumsum(count, dtype=jnp.int32)
-        self.first = behind - count
         self.number = behind[-1]
-        length = num_rows // tile_rows + len(starts)
+        length = metadata.num_rows // self.size + metadata.num_local_groups
         tile = jnp.arange(length, dtype=jnp.int32)
         group = jnp.searchsorted(behind, tile, side="right").astype(jnp.int32)
-        self.groups = jnp.minimum(group, np.int32(len(starts) - 1))
-        done = (tile - self.first[self.groups]) * tile_rows
-        self.starts = starts[self.groups] + capacity + done
-        self.rows = rest[self.groups] - done
+        self.groups = jnp.minimum(group, np.int32(metadata.num_local_groups - 1))
+        done = (tile - (behind - count)[self.groups]) * self.size
+        self._first = metadata.starts[self.groups] + capacity + done
+        self._behind = (metadata.starts + metadata.sizes)[self.groups]
+        self._last_start = metadata.num_rows - self.size
+
+    def rows(self, index) -> tuple[jax.Array, jax.Array]:
+        """First row of a slice of `size` rows that holds the tile, and which of them are its own."""
+        start = jnp.minimum(self._first[index], np.int32(self._last_start))
+        row = start + jnp.arange(self.size, dtype=jnp.int32)
+        return start, (row >= self._first[index]) & (row < self._behind[index])
 
 
 def _mean(metadata: GroupMetadata) -> float:
@@ -162,7 +164,8 @@ def _capacities(metadata: GroupMetadata) -> tuple[int, ...]:
 
 def _tile_rows(metadata: GroupMetadata) -> int:
     """A power of two between 16 and LARGEST_TILE, about the mean size of a group."""
-    return min(max(16, 1 << int(np.log2(_mean(metadata)))), LARGEST_TILE)
+    rows = max(16, 1 << int(math.log2(max(_mean(metadata), 1))))
+    return min(rows, LARGEST_TILE, metadata.num_rows)
 
 
 def _cheapest(metadata: GroupMetadata) -> jax.Array:
