@@ -12,7 +12,6 @@ Sums are taken in float32 (float64 for float64). Differentiable in every floatin
 reverse mode, to any order.
 """
 
-import math
 import operator
 
 import jax
@@ -63,9 +62,8 @@ def make_group_metadata(
 
 
 def default_tile_rows(num_rows: int, num_groups: int) -> int:
-    """A power of two between 16 and 512, at most half the mean size of a group or 128."""
-    mean = num_rows / num_groups
-    rows = min(512, max(128, 1 << int(math.log2(max(mean / 2, 1)))))
+    """128, or 256 for groups of 512 rows and more; less only when there are fewer rows."""
+    rows = 256 if num_rows >= 512 * num_groups else 128
     return min(rows, max(16, 1 << (num_rows - 1).bit_length()))
 
 

@@ -22,9 +22,12 @@ class GroupMetadata:
 
     starts[g], sizes[g]: first row and number of rows of every local group.
     row_groups[m]: the local group of every row, g for rows outside all local groups.
-    visit_groups[v], visit_tiles[v], num_visits[1]: the pairs `gmm` walks, v = tiles + g + 1 at
-        most; group 0 and g + 1 are the margins, local group i is i + 1. What lies behind
-        num_visits repeats the last pair.
+    bounds[g + 3]: the rows of extended group e are bounds[e] .. bounds[e + 1] - 1; groups 0 and
+        g + 1 are the margins, local group i is i + 1.
+    visit_groups[v], visit_tiles[v], num_visits[1]: the pairs of an extended group and a tile that
+        `gmm` walks, v = tiles + g + 1 at most. What lies behind num_visits repeats the last pair.
+    visit_weights[v]: the local group whose weights a visit needs; a margin names those of the
+        visit beside it, so that none are copied for it.
     update_groups[u], update_tiles[u], num_updates[1]: the pairs `tgmm` walks, u = tiles + g - 1
         at most and at least g: local groups only, an empty one is visited once.
     """
@@ -32,8 +35,10 @@ class GroupMetadata:
     starts: Any
     sizes: Any
     row_groups: Any
+    bounds: Any
     visit_groups: Any
     visit_tiles: Any
+    visit_weights: Any
     num_visits: Any
     update_groups: Any
     update_tiles: Any
@@ -60,9 +65,11 @@ def make(group_sizes, num_rows, group_offset, num_local_groups, tile_rows) -> Gr
         ends = lax.dynamic_slice_in_dim(ends, first, num_local_groups)
     row_groups = _row_groups(starts, ends, num_rows)
     num_tiles = -(-num_rows // tile_rows)
+    zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, num_rows, jnp.int32)
+    bounds = jnp.concatenate([zero, starts, ends[-1:], last])
     visits = _visits(
-        jnp.concatenate([jnp.zeros(1, jnp.int32), starts, ends[-1:]]),
-        jnp.concatenate([starts[:1], ends, jnp.full(1, num_rows, jnp.int32)]),
+        bounds[:-1],
+        bounds[1:],
         tile_rows,
         num_tiles + num_local_groups + 1,
         visit_empty=False,
@@ -74,8 +81,10 @@ def make(group_sizes, num_rows, group_offset, num_local_groups, tile_rows) -> Gr
         starts=starts,
         sizes=ends - starts,
         row_groups=row_groups,
+        bounds=bounds,
         visit_groups=visits[0],
         visit_tiles=visits[1],
+        visit_weights=_weights(visits[0], ends > starts),
         num_visits=visits[2],
         update_groups=updates[0],
         update_tiles=jnp.minimum(updates[1], num_tiles - 1),
@@ -126,3 +135,11 @@ def _visits(starts, ends, tile_rows: int, length: int, visit_empty: bool):
     group = jnp.searchsorted(behind, visit, side="right").astype(jnp.int32)
     tile = first[group] + visit - (behind - count)[group]
     return group, tile, behind[-1:]
+
+
+def _weights(visit_groups: jax.Array, filled: jax.Array) -> jax.Array:
+    """The local group of every visit; that of a neighbour for the margins."""
+    num_groups = filled.shape[0]
+    local = jnp.where(visit_groups > num_groups, np.int32(0), visit_groups) - 1
+    first = jnp.argmax(filled).astype(jnp.int32)
+    return jnp.maximum(lax.cummax(local), first)
