@@ -188,7 +188,7 @@ def _walk_equation(equation, operands, outputs: list) -> Iterator[KernelTraffic]
 
 def _called(equation):
     """The closed jaxpr of a call-like equation, whose arguments and results are the equation's."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         if key in equation.params:
             body = equation.params[key]
             return body if hasattr(body, "consts") else jax.extend.core.ClosedJaxpr(body, ())
