@@ -20,15 +20,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import metadata as metadata_lib
-from pallas_kernels.grouped_matmul import ragged_dot, reference, vjp, xla
+from pallas_kernels.grouped_matmul import vjp
+from pallas_kernels.grouped_matmul.forms import FORMS
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
 
 ACTIVATIONS = (None, "swiglu")
-FORMS = {
-    "reference": vjp.Form(reference.gmm, reference.tgmm),
-    "xla": vjp.Form(xla.gmm, xla.tgmm),
-    "ragged_dot": vjp.Form(ragged_dot.gmm, ragged_dot.tgmm),
-}
 
 
 def make_group_metadata(

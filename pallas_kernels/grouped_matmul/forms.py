@@ -1,0 +1,65 @@
+"""The implementations by name, and the one that fits the platform."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import ragged_dot, reference, xla
+from pallas_kernels.grouped_matmul.vjp import Form
+
+KERNEL_DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
+
+
+def _kernel(module: str, operation: str, **options):
+    """`operation` of a kernel module, imported when it is called: Pallas takes time to load."""
+
+    def call(*args):
+        if module == "tpu":
+            from pallas_kernels.grouped_matmul import tpu as kernels
+        else:
+            from pallas_kernels.grouped_matmul import gpu as kernels
+        return getattr(kernels, operation)(*args, **options)
+
+    return call
+
+
+def _kernels(module: str, **options) -> Form:
+    return Form(*(_kernel(module, name, **options) for name in ("gmm", "tgmm", "swiglu")))
+
+
+def _by_platform(operation: str):
+    """The kernel of the platform a program is compiled for, `xla` where none serves."""
+
+    def call(lhs, other, metadata, *options) -> jax.Array:
+        out_dtype, tiling = options[-2:]
+        dtypes = {str(lhs.dtype), str(jnp.dtype(out_dtype))}
+        kernels = {
+            name: _bound(getattr(FORMS[name], operation), options)
+            for name, served in KERNEL_DTYPES.items()
+            if dtypes <= set(served) and _tiles_serve(name, metadata, tiling)
+        }
+        portable = _bound(getattr(xla, operation), options)
+        return dispatch.by_platform(lhs, other, metadata, xla=portable, **kernels)
+
+    return call
+
+
+def _bound(product, options):
+    return lambda lhs, other, metadata: product(lhs, other, metadata, *options)
+
+
+def _tiles_serve(name: str, metadata, tiling) -> bool:
+    rows = metadata.tile_rows
+    powers = (rows, *(tiling or ())[1:])
+    return name == "tpu" or all(size >= 16 and not size & (size - 1) for size in powers)
+
+
+FORMS = {
+    "reference": Form(reference.gmm, reference.tgmm),
+    "xla": Form(xla.gmm, xla.tgmm),
+    "ragged_dot": Form(ragged_dot.gmm, ragged_dot.tgmm),
+    "tpu": _kernels("tpu"),
+    "gpu": _kernels("gpu"),
+    "interpret": _kernels("tpu", interpret=True),
+}
+FORMS[None] = Form(_by_platform("gmm"), _by_platform("tgmm"))
