@@ -4,6 +4,8 @@ Needs only jax and numpy. Every operation takes `implementation=None`, see `disp
 """
 
 from pallas_kernels.grouped_matmul import (
+    GroupMetadata,
+    expert_parallel_ffn,
     gmm,
     make_group_metadata,
     sort_by_expert,
@@ -14,6 +16,8 @@ from pallas_kernels.grouped_matmul import (
 from pallas_kernels.patch_pool import patch_attention, patch_gather_attention, patch_pool
 
 __all__ = [
+    "GroupMetadata",
+    "expert_parallel_ffn",
     "gmm",
     "make_group_metadata",
     "patch_attention",

@@ -82,7 +82,8 @@ def gmm(
     activation: "swiglu" takes rhs = [gate | up] of [g, k, 2n] and returns silu(gate) * up, [m, n].
     preferred_element_type: dtype of the result, lhs's if None.
     tiling: rows, contracted width and columns of a kernel's tile; chosen from the shape if None.
-    implementation: None, "reference", "xla", "ragged_dot", "tpu", "gpu" or "interpret".
+    implementation: None, "reference", "xla", "tpu", "gpu", "interpret" (the TPU kernel in the Pallas
+        interpreter), "interpret_gpu" (the Triton kernel there) or "ragged_dot".
     """
     lhs = _floating("lhs", lhs, 2)
     rhs = _floating("rhs", rhs, 3)

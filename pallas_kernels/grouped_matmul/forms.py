@@ -36,7 +36,7 @@ def _by_platform(operation: str):
         kernels = {
             name: _bound(getattr(FORMS[name], operation), options)
             for name, served in KERNEL_DTYPES.items()
-            if dtypes <= set(served) and _tiles_serve(name, metadata, tiling)
+            if dtypes <= set(served) and (name == "tpu" or _gpu_serves(lhs, other, metadata, tiling))
         }
         portable = _bound(getattr(xla, operation), options)
         return dispatch.by_platform(lhs, other, metadata, xla=portable, **kernels)
@@ -48,10 +48,12 @@ def _bound(product, options):
     return lambda lhs, other, metadata: product(lhs, other, metadata, *options)
 
 
-def _tiles_serve(name: str, metadata, tiling) -> bool:
-    rows = metadata.tile_rows
-    powers = (rows, *(tiling or ())[1:])
-    return name == "tpu" or all(size >= 16 and not size & (size - 1) for size in powers)
+def _gpu_serves(lhs, other, metadata, tiling) -> bool:
+    powers = (metadata.tile_rows, *(tiling or ())[1:])
+    if any(size < 16 or size & (size - 1) for size in powers):
+        return False
+    result = metadata.num_local_groups * lhs.shape[1] * other.shape[-1]
+    return max(lhs.size, other.size, result) < 2**31
 
 
 FORMS = {
@@ -61,5 +63,6 @@ FORMS = {
     "tpu": _kernels("tpu"),
     "gpu": _kernels("gpu"),
     "interpret": _kernels("tpu", interpret=True),
+    "interpret_gpu": _kernels("gpu", interpret=True),
 }
 FORMS[None] = Form(_by_platform("gmm"), _by_platform("tgmm"))

@@ -45,7 +45,7 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling, interpret=False)
 
 
 def _gmm_call(transpose_rhs, gated, out_dtype, tiling, interpret, lhs, rhs, metadata):
-    _refuse(lhs, out_dtype, metadata.tile_rows)
+    _refuse(lhs, rhs, out_dtype, metadata.tile_rows, tiling)
     rows = min(metadata.tile_rows, LARGEST_ROWS)
     width = lhs.shape[1]
     columns = rhs.shape[1 if transpose_rhs else 2] // (2 if gated else 1)
@@ -140,7 +140,7 @@ def _gmm_kernel(
 
 
 def _tgmm_call(out_dtype, tiling, interpret, lhs, dout, metadata):
-    _refuse(lhs, out_dtype, metadata.tile_rows)
+    _refuse(lhs, dout, out_dtype, metadata.tile_rows, tiling)
     inner, outer = (
         min(_power_of_two(size), tiling[axis + 1] if tiling else COLUMNS)
         for axis, size in enumerate((lhs.shape[1], dout.shape[1]))
@@ -215,14 +215,21 @@ def _compiler_params(sums: int) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=8 if sums >= 128 * 128 else 4, num_stages=3)
 
 
-def _refuse(lhs, out_dtype, tile_rows) -> None:
+def _refuse(lhs, other, out_dtype, tile_rows, tiling) -> None:
     for name, given in (("lhs", lhs.dtype), ("preferred_element_type", jnp.dtype(out_dtype))):
         if given not in DTYPES:
             raise NotImplementedError(
                 f"implementation='gpu': {name} has dtype {given}; "
                 "allowed are float32, bfloat16, float16"
             )
-    if tile_rows < 16 or tile_rows & (tile_rows - 1):
+    sizes = (tile_rows, *(tiling or ())[1:])
+    if any(size < 16 or size & (size - 1) for size in sizes):
         raise NotImplementedError(
-            f"implementation='gpu': tile_rows={tile_rows} must be a power of two from 16"
+            f"implementation='gpu': tile_rows={tile_rows}, tiling={tiling}; "
+            "powers of two from 16 are needed"
+        )
+    if max(lhs.size, other.size) >= 2**31:
+        raise NotImplementedError(
+            f"implementation='gpu' counts elements in 32 bits: the operands {lhs.shape} and "
+            f"{other.shape} must each have fewer than 2**31"
         )

@@ -1,0 +1,190 @@
+"""Tokens to rows sorted by expert and back; experts spread over a mesh axis."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grouped_products import assert_all_close, assert_close
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels
+from pallas_kernels import evidence
+
+
+class TestRouting:
+    def test_sort_and_back(self):
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, 5, (13, 3)).astype(np.int32)
+        ids[2, 1], ids[7, 0] = -1, 5
+        routing = jax.jit(pallas_kernels.sort_by_expert, static_argnums=1)(ids, 5)
+        flat = ids.reshape(-1)
+        sizes = np.bincount(flat[(flat >= 0) & (flat < 5)], minlength=5)
+        np.testing.assert_array_equal(routing.group_sizes, sizes)
+        keys = np.where((flat >= 0) & (flat < 5), flat, 5)
+        np.testing.assert_array_equal(routing.order, np.argsort(keys, kind="stable"))
+        np.testing.assert_array_equal(np.asarray(routing.order)[routing.inverse.reshape(-1)], np.arange(39))
+
+    def test_rows_and_gradients(self):
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, 4, (9, 2)).astype(np.int32)
+        x = jnp.asarray(rng.normal(size=(9, 6)), jnp.float32)
+        weights = jnp.asarray(rng.random((9, 2)), jnp.float32)
+        routing = pallas_kernels.sort_by_expert(ids, 4)
+
+        def run(x, weights):
+            rows = pallas_kernels.sort_rows(x, routing)
+            return pallas_kernels.unsort_rows(jnp.sin(rows), weights, routing)
+
+        def direct(x, weights):
+            return (jnp.sin(x)[:, None] * weights[..., None]).sum(1)
+
+        assert_close(jax.jit(run)(x, weights), direct(x, weights), 1e-6)
+        dout = rng.normal(size=(9, 6)).astype(np.float32)
+        found, expected = (jax.vjp(f, x, weights)[1](dout) for f in (run, direct))
+        assert_all_close(found, expected, 1e-6)
+
+    def test_backward_has_no_scatter(self):
+        routing = pallas_kernels.sort_by_expert(np.zeros((4, 2), np.int32), 2)
+
+        def loss(x, weights):
+            rows = pallas_kernels.sort_rows(x, routing)
+            return pallas_kernels.unsort_rows(rows, weights, routing).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(jnp.ones((4, 3)), jnp.ones((4, 2)))
+        assert "gather" in str(jaxpr)
+        assert "scatter" not in str(jaxpr)
+
+    @pytest.mark.parametrize(
+        ("ids", "experts", "error", "message"),
+        [
+            (np.zeros((2, 2), np.float32), 2, TypeError, "expert_ids has dtype float32"),
+            (np.zeros(4, np.int32), 2, ValueError, r"expert_ids has shape \(4,\)"),
+            (np.zeros((2, 2), np.int32), 0, ValueError, "num_experts=0 must be at least 1"),
+        ],
+    )
+    def test_errors(self, ids, experts, error, message):
+        with pytest.raises(error, match=message):
+            pallas_kernels.sort_by_expert(ids, experts)
+
+
+TOKENS, CHOICES, EXPERTS, WIDTH, MLP = 64, 2, 16, 12, 10
+
+
+def moe_arguments(seed=0, skewed=False):
+    """x, expert_ids, weights, gate_up, down of all shards."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 3 if skewed else EXPERTS, (TOKENS, CHOICES)).astype(np.int32)
+    ids[5, 1], ids[40, 0] = -1, EXPERTS
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    weights = jnp.asarray(rng.random((TOKENS, CHOICES)), jnp.float32)
+    gate_up, down = normal(EXPERTS, WIDTH, 2 * MLP), normal(EXPERTS, MLP, WIDTH)
+    return normal(TOKENS, WIDTH), jnp.asarray(ids), weights, gate_up, down
+
+
+def dense_ffn(x, ids, weights, gate_up, down):
+    """Every expert on every token, in float32."""
+    gate, up = jnp.split(jnp.einsum("td,edf->tef", x, gate_up, precision="highest"), 2, axis=2)
+    out = jnp.einsum("tef,efd->ted", jax.nn.silu(gate) * up, down, precision="highest")
+    chosen = ids[..., None] == jnp.arange(EXPERTS)[None, None]
+    return jnp.einsum("tk,tke,ted->td", weights, chosen.astype(x.dtype), out, precision="highest")
+
+
+def spread_ffn(mesh, **options):
+    run = functools.partial(pallas_kernels.expert_parallel_ffn, axis_name="expert", **options)
+    spread = P("expert")
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=(spread,) * 5, out_specs=spread, check_vma=False
+    )
+
+
+class TestExpertParallel:
+    def mesh(self):
+        return jax.make_mesh((8,), ("expert",), (jax.sharding.AxisType.Auto,))
+
+    @pytest.mark.parametrize("skewed", [False, True])
+    def test_padded_exchange(self, skewed):
+        x, ids, weights, gate_up, down = moe_arguments(skewed=skewed)
+        dout = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+
+        def value_and_gradients(ffn):
+            @jax.jit
+            def run(x, weights, gate_up, down):
+                out, vjp = jax.vjp(lambda x, w, g, d: ffn(x, ids, w, g, d), x, weights, gate_up, down)
+                return out, vjp(dout)
+
+            return run(x, weights, gate_up, down)
+
+        found = value_and_gradients(spread_ffn(self.mesh()))
+        assert_all_close(found, value_and_gradients(dense_ffn), 1e-5)
+
+    def test_capacity_drops_the_last_rows(self):
+        x, ids, weights, gate_up, down = moe_arguments(skewed=True)
+        factor = 1.5
+        out = jax.jit(spread_ffn(self.mesh(), capacity_factor=factor))(x, ids, weights, gate_up, down)
+        rows = TOKENS * CHOICES // 8
+        capacity = int(np.ceil(factor * rows / 8))
+        kept = np.array(ids).reshape(8, rows)
+        for shard in kept:
+            # The experts of one shard lie together; of its rows the first `capacity` travel.
+            order = np.argsort(np.where((shard >= 0) & (shard < EXPERTS), shard, EXPERTS), kind="stable")
+            for target in range(8):
+                mine = [r for r in order if 0 <= shard[r] < EXPERTS and shard[r] // 2 == target]
+                shard[mine[capacity:]] = -1
+        assert (kept.reshape(ids.shape) != np.asarray(ids)).sum() > 20
+        expected = dense_ffn(x, jnp.asarray(kept.reshape(ids.shape)), weights, gate_up, down)
+        assert_close(out, expected, 1e-5)
+
+    @pytest.mark.parametrize("capacity_factor", [None, 2.0])
+    def test_ragged_exchange_compiles_for_tpu(self, capacity_factor):
+        # Evidence that it compiles, forward and backward; XLA cannot run it on the CPU.
+        pytest.importorskip("libtpu")
+        devices = np.array(evidence.tpu_devices("v5p:2x2x1"))
+        axis_types = (jax.sharding.AxisType.Auto,)
+        mesh = jax.sharding.Mesh(devices, ("expert",), axis_types=axis_types)
+        run = spread_ffn(mesh, exchange="ragged", capacity_factor=capacity_factor)
+        sharding = jax.sharding.NamedSharding(mesh, P("expert"))
+
+        def gradients(x, ids, weights, gate_up, down):
+            out, vjp = jax.vjp(lambda x, w, g, d: run(x, ids, w, g, d), x, weights, gate_up, down)
+            return vjp(out)
+
+        shapes = [(256, 256), (256, 2), (256, 2), (8, 256, 256), (8, 128, 256)]
+        dtypes = [jnp.bfloat16, jnp.int32, jnp.float32, jnp.bfloat16, jnp.bfloat16]
+        arguments = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        text = evidence.compile_for_tpu(gradients, arguments).as_text()
+        assert "ragged-all-to-all" in text
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(exchange="ring"), "exchange='ring' is unknown; allowed are padded, ragged"),
+            (dict(capacity_factor=0.0), "capacity_factor=0.0 must be positive"),
+            (dict(down=np.zeros((2, 9, WIDTH), np.float32)), "down has shape"),
+            (dict(gate_up=np.zeros((2, 5, 20), np.float32)), "gate_up has shape"),
+            (dict(weights=np.zeros((8, 3), np.float32)), r"\[8, K\] is needed beside x"),
+            (dict(x=np.zeros(8, np.float32)), r"x has shape \(8,\)"),
+        ],
+    )
+    def test_errors(self, change, message):
+        arguments = dict(
+            x=np.zeros((8, WIDTH), np.float32),
+            expert_ids=np.zeros((8, 2), np.int32),
+            weights=np.zeros((8, 2), np.float32),
+            gate_up=np.zeros((2, WIDTH, 2 * MLP), np.float32),
+            down=np.zeros((2, MLP, WIDTH), np.float32),
+        )
+        with pytest.raises(ValueError, match=message):
+            pallas_kernels.expert_parallel_ffn(**(arguments | change), axis_name="expert")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
