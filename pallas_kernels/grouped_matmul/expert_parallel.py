@@ -155,7 +155,7 @@ def _experts_at(sizes, position) -> jax.Array:
 @jax.custom_vjp
 def _permute(x, source, target) -> jax.Array:
     """x[source], 0 where source is -1. `target` is the inverse: out[target] is x where kept."""
-    rows = x.at[jnp.maximum(source, 0)].get(mode="promise_in_bounds")
+    rows = jnp.asarray(x).at[jnp.maximum(source, 0)].get(mode="promise_in_bounds")
     return jnp.where((source >= 0)[:, None], rows, jnp.zeros((), x.dtype))
 
 

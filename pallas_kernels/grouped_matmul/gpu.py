@@ -125,7 +125,7 @@ def _gmm_kernel(
                 right = _load(rhs, (weight, column[:, None], k[None]), inside.T)
             else:
                 right = _load(rhs, (weight, k[:, None], column[None]), inside)
-            return pl.dot(left, right, trans_b=transpose_rhs).astype(jnp.float32)
+            return plgpu.dot(left, right, trans_b=transpose_rhs).astype(jnp.float32)
 
         local = (group > 0) & (group <= num_groups)
         steps = jnp.where(local, np.int32(pl.cdiv(lhs.shape[1], inner)), np.int32(0))
@@ -179,7 +179,7 @@ def _tgmm_kernel(bounds, lhs, dout, out, *, rows, inner, outer):
         right = _load(
             dout, (row[:, None], right_column[None]), own & (right_column < dout.shape[1])[None]
         )
-        return total + pl.dot(left, right, trans_a=True).astype(jnp.float32)
+        return total + plgpu.dot(left, right, trans_a=True).astype(jnp.float32)
 
     steps = (end - begin + np.int32(rows - 1)) // np.int32(rows)
     total = lax.fori_loop(np.int32(0), steps, add, jnp.zeros((inner, outer), jnp.float32))

@@ -100,7 +100,7 @@ def _sum_of_choices(rows, inverse, weights) -> jax.Array:
 
 
 def _take(x, rows) -> jax.Array:
-    return x.at[rows].get(mode="promise_in_bounds")
+    return jnp.asarray(x).at[rows].get(mode="promise_in_bounds")
 
 
 def _wide(dtype) -> jnp.dtype:
