@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pallas_kernels.grouped_matmul.reference import accumulator
+
 
 class Routing(NamedTuple):
     """order[rows]: the flat (token, choice) of every row; inverse[T, K]: the row of every choice.
@@ -77,7 +79,7 @@ def _unsort_rows_forward(rows, weights, routing):
 def _unsort_rows_backward(residuals, g):
     rows, weights, routing = residuals
     of_row = _take(g, routing.order // np.int32(weights.shape[1]))
-    row_weights = _take(weights.reshape(-1), routing.order).astype(_wide(rows.dtype))
+    row_weights = _take(weights.reshape(-1), routing.order).astype(accumulator(rows.dtype))
     d_rows = (of_row.astype(row_weights.dtype) * row_weights[:, None]).astype(rows.dtype)
     products = [
         (_take(rows, chosen).astype(row_weights.dtype) * g.astype(row_weights.dtype)).sum(-1)
@@ -92,7 +94,7 @@ unsort_rows.defvjp(_unsort_rows_forward, _unsort_rows_backward)
 def _sum_of_choices(rows, inverse, weights) -> jax.Array:
     total = 0
     for choice in range(inverse.shape[1]):
-        taken = _take(rows, inverse[:, choice]).astype(_wide(rows.dtype))
+        taken = _take(rows, inverse[:, choice]).astype(accumulator(rows.dtype))
         if weights is not None:
             taken = taken * weights[:, choice, None].astype(taken.dtype)
         total = taken + total
@@ -101,7 +103,3 @@ def _sum_of_choices(rows, inverse, weights) -> jax.Array:
 
 def _take(x, rows) -> jax.Array:
     return jnp.asarray(x).at[rows].get(mode="promise_in_bounds")
-
-
-def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)

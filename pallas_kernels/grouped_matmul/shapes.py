@@ -74,6 +74,20 @@ SHAPES = (
 )
 
 
+# Both products of an expert's MLP are gmm over [k, n] and [n, k]; the second is the first's
+# transposed gradient, so one entry stands for both. Rows are tokens times experts per token.
+MODEL_SHAPES = (
+    # MoMa 1.4B: width 2048, MLP 8192, four experts per modality, 4096 tokens of 2 modalities.
+    Shape(name="moma_1b4", m=8192, k=2048, n=8192, groups=4),
+    # Mixtral 8x7B: width 4096, MLP 14336, 2 of 8 experts, 4096 tokens.
+    Shape(name="mixtral_8x7b", m=8192, k=4096, n=14336, groups=8),
+    # Mixtral 8x7B, 256 tokens at a time, as in decoding.
+    Shape(name="mixtral_8x7b_decode", m=512, k=4096, n=14336, groups=8),
+    # Fine-grained experts, as in DeepSeek's models: width 2048, MLP 1408, 6 of 64.
+    Shape(name="fine_grained", m=24576, k=2048, n=1408, groups=64, sizes=Sizes.ZIPF),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """float32 lhs[m, k], rhs[g, k, n], dout[m, n] and int32 group_sizes[G], all numpy."""

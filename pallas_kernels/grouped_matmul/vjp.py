@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.reference import accumulator
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -114,5 +116,5 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _gated(hidden: jax.Array) -> jax.Array:
-    gate, up = jnp.split(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)), 2, axis=1)
+    gate, up = jnp.split(hidden.astype(accumulator(hidden.dtype)), 2, axis=1)
     return (jax.nn.silu(gate) * up).astype(hidden.dtype)

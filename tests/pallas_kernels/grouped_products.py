@@ -59,13 +59,17 @@ def offset_of(shape):
     return dict(group_offset=shape.offset) if shape.local else {}
 
 
-def products(shape, implementation, **options):
+def products(shape, implementation, tile_rows=None, **options):
     """Of lhs, rhs, dout, sizes: what `numpy_truth` returns."""
 
     @jax.jit
     def run(lhs, rhs, dout, sizes):
         metadata = pallas_kernels.make_group_metadata(
-            sizes, shape.m, num_local_groups=shape.local_groups, **offset_of(shape)
+            sizes,
+            shape.m,
+            num_local_groups=shape.local_groups,
+            tile_rows=tile_rows,
+            **offset_of(shape),
         )
         gmm = functools.partial(
             pallas_kernels.gmm,

@@ -1,0 +1,79 @@
+"""The device kernels of the grouped products, run by Pallas' interpreter."""
+
+import sys
+
+import numpy as np
+import pytest
+from grouped_products import (
+    BY_NAME,
+    GroupedProducts,
+    arrays_of,
+    assert_all_close,
+    numpy_truth,
+    products,
+)
+
+import pallas_kernels
+from pallas_kernels.grouped_matmul.shapes import make_arguments
+
+
+class TestTPU(GroupedProducts):
+    implementation = "interpret"
+
+    @pytest.mark.parametrize("tiling", [(8, 128, 128), (32, 16, 8), (16, 24, 40)])
+    def test_any_tiling(self, tiling):
+        # Split and ragged contractions among them, each in its direction.
+        shape = BY_NAME["many_tiles"]
+        a = make_arguments(shape)
+        run = products_with_tiles(shape, self.implementation, tiling)
+        assert_all_close(run, numpy_truth(shape, a), 1e-5)
+
+
+class TestGPU(GroupedProducts):
+    implementation = "interpret_gpu"
+
+    @pytest.mark.parametrize("tiling", [(16, 16, 16), (256, 32, 16)])
+    def test_any_tiling(self, tiling):
+        shape = BY_NAME["many_tiles"]
+        a = make_arguments(shape)
+        run = products_with_tiles(shape, self.implementation, tiling)
+        assert_all_close(run, numpy_truth(shape, a), 1e-5)
+
+    @pytest.mark.parametrize("tiling", [(24, 16, 16), (8, 16, 16), (16, 16, 48)])
+    def test_refuses_tiles_that_are_no_powers_of_two(self, tiling):
+        a = make_arguments(BY_NAME["uneven"])
+        with pytest.raises(NotImplementedError, match="powers of two from 16"):
+            pallas_kernels.gmm(
+                a.lhs, a.rhs, a.group_sizes, tiling=tiling, implementation="interpret_gpu"
+            )
+
+
+def products_with_tiles(shape, implementation, tiling):
+    a = make_arguments(shape)
+    return products(shape, implementation, tile_rows=tiling[0], tiling=tiling)(*arrays_of(a))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [("interpret", "float16"), ("tpu", "float16"), ("gpu", "float64")]
+)
+def test_refused_dtypes(implementation, dtype):
+    import jax
+
+    a = make_arguments(BY_NAME["uneven"])
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match=f"lhs has dtype {dtype}"):
+        pallas_kernels.gmm(
+            a.lhs.astype(dtype), a.rhs.astype(dtype), a.group_sizes, implementation=implementation
+        )
+
+
+def test_swiglu_refuses_a_split_contraction():
+    lhs, rhs = np.ones((16, 256), np.float32), np.ones((2, 256, 512), np.float32)
+    sizes = np.array([8, 8], np.int32)
+    with pytest.raises(NotImplementedError, match="takes the whole width 256"):
+        pallas_kernels.gmm(
+            lhs, rhs, sizes, activation="swiglu", tiling=(16, 128, 128), implementation="interpret"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
