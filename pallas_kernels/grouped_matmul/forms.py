@@ -58,7 +58,7 @@ def _gpu_serves(lhs, other, metadata, tiling) -> bool:
 
 FORMS = {
     "reference": Form(reference.gmm, reference.tgmm),
-    "xla": Form(xla.gmm, xla.tgmm),
+    "xla": Form(xla.gmm, xla.tgmm, gradients=xla.gradients),
     "ragged_dot": Form(ragged_dot.gmm, ragged_dot.tgmm),
     "tpu": _kernels("tpu"),
     "gpu": _kernels("gpu"),

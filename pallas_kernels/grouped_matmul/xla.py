@@ -53,12 +53,30 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
     return one_by_one(product)(lhs, dout, metadata)
 
 
+def gradients(lhs, rhs, dout, metadata: GroupMetadata, transpose_rhs) -> tuple:
+    """Both gradients of `gmm` at `dout`, which is brought into blocks once for the two."""
+
+    def products(lhs, rhs, dout, metadata):
+        branches = [
+            functools.partial(_gradients, capacity, transpose_rhs)
+            for capacity in _capacities(metadata)
+        ]
+        return lax.switch(_cheapest(metadata), branches, lhs, rhs, dout, metadata)
+
+    return one_by_one(products)(lhs, rhs, dout, metadata)
+
+
+def _gradients(capacity, transpose_rhs, lhs, rhs, dout, metadata) -> tuple:
+    d_lhs = _gmm(capacity, not transpose_rhs, lhs.dtype, dout, rhs, metadata)
+    pair = (dout, lhs) if transpose_rhs else (lhs, dout)
+    return d_lhs, _tgmm(capacity, rhs.dtype, *pair, metadata)
+
+
 def _gmm(capacity, transpose_rhs, out_dtype, lhs, rhs, metadata) -> jax.Array:
     contracted, columns = (2, 1) if transpose_rhs else (1, 2)
     tiles = _Tiles(metadata, capacity)
     if capacity:
-        block = _take(lhs, _block_rows(metadata.starts, capacity))
-        product = _dot(block, rhs, (((2,), (contracted,)), ((0,), (0,))))
+        product = _dot(_block(lhs, metadata, capacity), rhs, (((2,), (contracted,)), ((0,), (0,))))
         out = _from_block(product.astype(out_dtype), metadata)
     else:
         out = jnp.zeros((lhs.shape[0], rhs.shape[columns]), out_dtype)
@@ -89,9 +107,7 @@ def _from_block(block, metadata) -> jax.Array:
 def _tgmm(capacity, out_dtype, lhs, dout, metadata) -> jax.Array:
     tiles = _Tiles(metadata, capacity)
     if capacity:
-        rows = _block_rows(metadata.starts, capacity)
-        own = jnp.arange(capacity, dtype=jnp.int32)[None] < metadata.sizes[:, None]
-        blocks = [_only(own, _take(x, rows)) for x in (lhs, dout)]
+        blocks = [_block(x, metadata, capacity) for x in (lhs, dout)]
         out = _dot(*blocks, (((1,), (1,)), ((0,), (0,))))
     else:
         shape = (metadata.num_local_groups, lhs.shape[1], dout.shape[1])
@@ -119,8 +135,10 @@ def _take(x, rows) -> jax.Array:
     return x.at[rows].get(mode="clip")
 
 
-def _block_rows(starts, capacity: int) -> jax.Array:
-    return starts[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
+def _block(x, metadata, capacity: int) -> jax.Array:
+    """The first `capacity` rows of every group, 0 behind its last: [g, capacity, width]."""
+    slot = jnp.arange(capacity, dtype=jnp.int32)[None]
+    return _only(slot < metadata.sizes[:, None], _take(x, metadata.starts[:, None] + slot))
 
 
 class _Tiles:
