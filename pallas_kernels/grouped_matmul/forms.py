@@ -36,7 +36,8 @@ def _by_platform(operation: str):
         kernels = {
             name: _bound(getattr(FORMS[name], operation), options)
             for name, served in KERNEL_DTYPES.items()
-            if dtypes <= set(served) and (name == "tpu" or _gpu_serves(lhs, other, metadata, tiling))
+            if dtypes <= set(served)
+            and (name == "tpu" or _gpu_serves(lhs, other, metadata, tiling))
         }
         portable = _bound(getattr(xla, operation), options)
         return dispatch.by_platform(lhs, other, metadata, xla=portable, **kernels)

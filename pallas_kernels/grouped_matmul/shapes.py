@@ -66,7 +66,9 @@ SHAPES = (
     Shape(name="tail", m=50, k=16, n=10, groups=3, sizes=(11, 0, 18)),
     Shape(name="one_row", m=1, k=3, n=5, groups=2, sizes=(0, 1)),
     Shape(name="groups_of_one", m=12, k=8, n=8, groups=12, sizes=(1,) * 12),
-    Shape(name="more_groups_than_rows", m=5, k=8, n=8, groups=9, sizes=(0, 2, 0, 1) + (0,) * 4 + (2,)),
+    Shape(
+        name="more_groups_than_rows", m=5, k=8, n=8, groups=9, sizes=(0, 2, 0, 1) + (0,) * 4 + (2,)
+    ),
     Shape(name="single_group", m=21, k=8, n=8, groups=1, sizes=(21,)),
     Shape(name="offset", m=45, k=12, n=8, groups=6, sizes=(4, 9, 0, 13, 8, 5), local=(1, 3)),
     Shape(name="offset_tail", m=45, k=12, n=8, groups=4, sizes=(14, 9, 3, 8), local=(2, 2)),

@@ -51,7 +51,10 @@ def swiglu_tiles(problem: Problem) -> Tiles:
     """Tiles whose columns divide the result's: gate and up are blocks of one array."""
     for width in sorted(set(tiling_lib._widths(problem.n)), reverse=True):
         both = Tiles(problem.k, 2 * width, 2)
-        if problem.n % width == 0 and tiling_lib._gmm_memory(problem, both) <= tiling_lib.VMEM_BUDGET:
+        if (
+            problem.n % width == 0
+            and tiling_lib._gmm_memory(problem, both) <= tiling_lib.VMEM_BUDGET
+        ):
             return Tiles(problem.k, width, 2)
     raise NotImplementedError(
         f"implementation='tpu' with activation='swiglu': no multiple of 128 columns divides "
@@ -220,7 +223,8 @@ def _tgmm_call(problem, tiles, out_dtype, interpret, lhs, dout, metadata):
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * problem.m * problem.k * problem.n,
-            bytes_accessed=tiling_lib.tgmm_traffic(problem, tiles) + 4 * sum(x.size for x in scalars),
+            bytes_accessed=tiling_lib.tgmm_traffic(problem, tiles)
+            + 4 * sum(x.size for x in scalars),
             transcendentals=0,
         ),
         interpret=interpret,

@@ -224,7 +224,9 @@ class GroupedProducts:
         permuted, *_ = run(a.lhs[rows], a.rhs[order], a.dout[rows], a.group_sizes[order])
         assert_close(permuted, np.asarray(out)[rows], 1e-5)
 
-    @pytest.mark.parametrize("dtype", ["int8", "int16", "uint8", "uint16", "uint32", "int64", "uint64"])
+    @pytest.mark.parametrize(
+        "dtype", ["int8", "int16", "uint8", "uint16", "uint32", "int64", "uint64"]
+    )
     def test_any_integer_sizes(self, dtype):
         shape = dataclasses.replace(BY_NAME["many_tiles"], sizes=(100, 0, 127))
         a = make_arguments(shape)

@@ -113,7 +113,9 @@ class TestMetadata:
         seen = np.zeros(90, int)
         number = int(meta.num_visits[0])
         for group, tile in zip(meta.visit_groups[:number], meta.visit_tiles[:number], strict=True):
-            seen[max(starts[group], tile * tile_rows) : min(ends[group], (tile + 1) * tile_rows)] += 1
+            seen[
+                max(starts[group], tile * tile_rows) : min(ends[group], (tile + 1) * tile_rows)
+            ] += 1
         assert (seen == 1).all()
         assert (np.diff(meta.visit_tiles[:number]) >= 0).all()
         assert number <= len(meta.visit_groups) == -(-90 // tile_rows) + 6
@@ -151,7 +153,11 @@ class TestArguments:
             (dict(rhs=rhs.astype(np.float16)), TypeError, "rhs has dtype float16; lhs's"),
             (dict(transpose_rhs=True), ValueError, r"4 is needed in axis 2 beside lhs \(6, 4\)"),
             (dict(rhs=rhs[:, :3]), ValueError, "4 is needed in axis 1"),
-            (dict(group_sizes=sizes.astype(np.float32)), TypeError, "group_sizes has dtype float32"),
+            (
+                dict(group_sizes=sizes.astype(np.float32)),
+                TypeError,
+                "group_sizes has dtype float32",
+            ),
             (dict(group_sizes=sizes[None]), ValueError, "group_sizes has shape"),
             (dict(group_sizes=sizes[:1]), ValueError, "num_local_groups=2 must be from 1 to 1"),
             (dict(group_offset=np.float32(1)), TypeError, "group_offset has dtype float32"),

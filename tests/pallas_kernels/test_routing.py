@@ -25,7 +25,9 @@ class TestRouting:
         np.testing.assert_array_equal(routing.group_sizes, sizes)
         keys = np.where((flat >= 0) & (flat < 5), flat, 5)
         np.testing.assert_array_equal(routing.order, np.argsort(keys, kind="stable"))
-        np.testing.assert_array_equal(np.asarray(routing.order)[routing.inverse.reshape(-1)], np.arange(39))
+        np.testing.assert_array_equal(
+            np.asarray(routing.order)[routing.inverse.reshape(-1)], np.arange(39)
+        )
 
     def test_rows_and_gradients(self):
         rng = np.random.default_rng(0)
@@ -98,9 +100,7 @@ def dense_ffn(x, ids, weights, gate_up, down):
 def spread_ffn(mesh, **options):
     run = functools.partial(pallas_kernels.expert_parallel_ffn, axis_name="expert", **options)
     spread = P("expert")
-    return jax.shard_map(
-        run, mesh=mesh, in_specs=(spread,) * 5, out_specs=spread, check_vma=False
-    )
+    return jax.shard_map(run, mesh=mesh, in_specs=(spread,) * 5, out_specs=spread, check_vma=False)
 
 
 class TestExpertParallel:
@@ -115,7 +115,9 @@ class TestExpertParallel:
         def value_and_gradients(ffn):
             @jax.jit
             def run(x, weights, gate_up, down):
-                out, vjp = jax.vjp(lambda x, w, g, d: ffn(x, ids, w, g, d), x, weights, gate_up, down)
+                out, vjp = jax.vjp(
+                    lambda x, w, g, d: ffn(x, ids, w, g, d), x, weights, gate_up, down
+                )
                 return out, vjp(dout)
 
             return run(x, weights, gate_up, down)
@@ -126,13 +128,17 @@ class TestExpertParallel:
     def test_capacity_drops_the_last_rows(self):
         x, ids, weights, gate_up, down = moe_arguments(skewed=True)
         factor = 1.5
-        out = jax.jit(spread_ffn(self.mesh(), capacity_factor=factor))(x, ids, weights, gate_up, down)
+        out = jax.jit(spread_ffn(self.mesh(), capacity_factor=factor))(
+            x, ids, weights, gate_up, down
+        )
         rows = TOKENS * CHOICES // 8
         capacity = int(np.ceil(factor * rows / 8))
         kept = np.array(ids).reshape(8, rows)
         for shard in kept:
             # The experts of one shard lie together; of its rows the first `capacity` travel.
-            order = np.argsort(np.where((shard >= 0) & (shard < EXPERTS), shard, EXPERTS), kind="stable")
+            order = np.argsort(
+                np.where((shard >= 0) & (shard < EXPERTS), shard, EXPERTS), kind="stable"
+            )
             for target in range(8):
                 mine = [r for r in order if 0 <= shard[r] < EXPERTS and shard[r] // 2 == target]
                 shard[mine[capacity:]] = -1
