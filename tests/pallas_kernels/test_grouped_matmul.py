@@ -1,12 +1,11 @@
 """The portable forms of the grouped products, their metadata, and the checks of arguments."""
 
-import functools
 import dataclasses
+import functools
 import sys
 
 import jax
 import jax.extend
-import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
@@ -43,9 +42,17 @@ class TestXLA(GroupedProducts):
         check_finite_differences(BY_NAME["uneven"], self.implementation, order=2)
 
 
-class TestRaggedDot(GroupedProducts):
-    implementation = "ragged_dot"
-    has_offset = False
+@pytest.mark.parametrize("name", ["uneven", "empty_middle", "tail"])
+def test_ragged_dot(name):
+    shape = BY_NAME[name]
+    a = make_arguments(shape)
+    assert_all_close(products(shape, "ragged_dot")(*arrays_of(a)), numpy_truth(shape, a), 1e-5)
+
+
+def test_ragged_dot_has_no_offset():
+    shape = BY_NAME["offset"]
+    with pytest.raises(NotImplementedError, match="no group_offset"):
+        products(shape, "ragged_dot")(*arrays_of(make_arguments(shape)))
 
 
 def check_finite_differences(shape, implementation, order):
@@ -127,6 +134,24 @@ class TestMetadata:
         assert number <= len(meta.update_groups)
         assert set(np.asarray(meta.update_groups[:number]).tolist()) == set(range(7))
         assert (np.diff(meta.update_groups) >= 0).all()
+
+    @pytest.mark.parametrize(
+        "dtype", ["int8", "int16", "uint8", "uint16", "uint32", "int64", "uint64"]
+    )
+    def test_any_integer_sizes(self, dtype):
+        expected = pallas_kernels.make_group_metadata(np.array([100, 0, 127], np.int32), 300)
+        with jax.enable_x64(True):
+            sizes = np.array([100, 0, 127], dtype)
+            found = pallas_kernels.make_group_metadata(sizes, 300)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+    @pytest.mark.parametrize("dtype", ["uint32", "int64", "uint64"])
+    def test_sizes_past_the_last_row_do_not_overflow(self, dtype):
+        with jax.enable_x64(True):
+            sizes = np.array([3, np.iinfo(dtype).max, np.iinfo(dtype).max], dtype)
+            found = pallas_kernels.make_group_metadata(sizes, 10)
+        np.testing.assert_array_equal(found.starts, [0, 3, 10])
+        np.testing.assert_array_equal(found.sizes, [3, 7, 0])
 
     def test_checkify_finds_bad_sizes(self):
         def run(sizes):

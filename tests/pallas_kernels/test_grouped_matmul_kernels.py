@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import numpy as np
 import pytest
 from grouped_products import (
@@ -57,8 +58,6 @@ def products_with_tiles(shape, implementation, tiling):
     ("implementation", "dtype"), [("interpret", "float16"), ("tpu", "float16"), ("gpu", "float64")]
 )
 def test_refused_dtypes(implementation, dtype):
-    import jax
-
     a = make_arguments(BY_NAME["uneven"])
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match=f"lhs has dtype {dtype}"):
         pallas_kernels.gmm(
