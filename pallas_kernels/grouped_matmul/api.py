@@ -82,7 +82,7 @@ def gmm(
     activation: "swiglu" takes rhs = [gate | up] of [g, k, 2n] and returns silu(gate) * up, [m, n].
     preferred_element_type: dtype of the result, lhs's if None.
     tiling: rows, contracted width and columns of a kernel's tile; chosen from the shape if None.
-    implementation: None, "reference", "xla", "tpu", "gpu", "interpret" (the TPU kernel in the Pallas
+    implementation: None, "reference", "xla", "tpu", "gpu", "interpret" (the TPU kernel in Pallas'
         interpreter), "interpret_gpu" (the Triton kernel there) or "ragged_dot".
     """
     lhs = _floating("lhs", lhs, 2)
@@ -162,7 +162,7 @@ def _metadata(group_sizes, num_rows, group_offset, num_local_groups, tiling) -> 
         raise ValueError(f"the metadata is of {given.num_rows} rows; lhs has {num_rows}")
     if num_local_groups not in (None, given.num_local_groups):
         raise ValueError(
-            f"the metadata is of {given.num_local_groups} local groups; {num_local_groups} asked for"
+            f"the metadata is of {given.num_local_groups} local groups, not {num_local_groups}"
         )
     if tiling and tiling[0] != given.tile_rows:
         raise ValueError(

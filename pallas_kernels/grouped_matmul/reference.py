@@ -1,4 +1,4 @@
-"""One dense product per group over all rows: plain, slow and differentiable, the truth for tests."""
+"""One dense product per group over all rows: plain and slow, the truth for tests."""
 
 import jax
 import jax.numpy as jnp

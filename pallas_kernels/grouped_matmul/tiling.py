@@ -8,7 +8,7 @@ pass, so every weight is read once and lhs once per column tile. `tgmm` holds on
 import dataclasses
 from collections.abc import Iterator
 
-# Of the 64 MiB of a v5p core, the smallest since v5e; TPU v4 and older need a `tiling` of their own.
+# Of the 64 MiB of a v5p core, the smallest since v5e; TPU v4 and older need their own `tiling`.
 VMEM_LIMIT = 60 * 2**20
 VMEM_BUDGET = 54 * 2**20
 LANES = 128

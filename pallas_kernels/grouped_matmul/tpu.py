@@ -40,8 +40,8 @@ def swiglu(lhs, rhs, metadata: GroupMetadata, out_dtype, tiling, interpret=False
     tiles = swiglu_tiles(problem) if tiling is None else _given(tiling, problem)
     if tiles.inner < problem.k or columns % tiles.outer:
         raise NotImplementedError(
-            f"implementation='tpu' with activation='swiglu' takes the whole width {problem.k} and a "
-            f"tile of columns that divides {columns}; tiling={tiling}"
+            f"implementation='tpu' with activation='swiglu' takes the whole width {problem.k} and "
+            f"a tile of columns that divides {columns}; tiling={tiling}"
         )
     call = functools.partial(_gmm_call, problem, tiles, False, True, out_dtype, interpret)
     return one_by_one(call)(lhs, rhs, metadata)

@@ -163,7 +163,7 @@ class _Tiles:
         self._last_start = metadata.num_rows - self.size
 
     def rows(self, index) -> tuple[jax.Array, jax.Array]:
-        """First row of a slice of `size` rows that holds the tile, and which of them are its own."""
+        """First row of a slice of `size` rows that holds the tile, and which rows are its own."""
         start = jnp.minimum(self._first[index], np.int32(self._last_start))
         row = start + jnp.arange(self.size, dtype=jnp.int32)
         return start, (row >= self._first[index]) & (row < self._behind[index])

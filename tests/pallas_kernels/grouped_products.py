@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def group_rows(shape, sizes):
     """The rows of every local group, as slices; sizes past the last row are cut off."""
     ends = np.minimum(np.cumsum(np.maximum(sizes.astype(object), 0)), shape.m)
     bounds = [0, *map(int, ends)]
-    rows = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+    rows = [slice(*pair) for pair in itertools.pairwise(bounds)]
     return rows[shape.offset : shape.offset + shape.local_groups]
 
 

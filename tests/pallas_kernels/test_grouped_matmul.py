@@ -210,7 +210,7 @@ class TestArguments:
     def test_tgmm_errors(self):
         with pytest.raises(ValueError, match="6 rows are needed beside lhs"):
             pallas_kernels.tgmm(self.lhs, self.lhs[:5], self.sizes)
-        with pytest.raises(TypeError, match="num_rows=1.5 must be an integer"):
+        with pytest.raises(TypeError, match=r"num_rows=1\.5 must be an integer"):
             api._within("num_rows", 1.5, 1, 2)
 
 
