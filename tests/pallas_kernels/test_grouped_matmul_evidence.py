@@ -17,8 +17,8 @@ model_shapes = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=list(BY_NAME))
 
 # Bytes over the ideal where they exceed 1.3 times it. With 1024 rows per group the arithmetic of
 # Mixtral's products takes 2.1 ms of a v5p (9.6e11 operations at 459 TF/s); even the largest of
-# these takes 0.7 ms of its memory (1.95 GB at 2.77 TB/s). Fewer bytes need the sum of all columns in
-# the 64 MiB of a core, at the price of shorter tiles of rows.
+# these takes 0.7 ms of its memory (1.95 GB at 2.77 TB/s). Fewer bytes need wider tiles of columns
+# than the 64 MiB of a core hold.
 EXCEPTIONS = {("mixtral_8x7b", "d_lhs"): 1.6, ("mixtral_8x7b", "d_rhs"): 1.45}
 
 
