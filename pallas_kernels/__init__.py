@@ -3,6 +3,7 @@
 Needs only jax and numpy. Every operation takes `implementation=None`, see `dispatch.py`.
 """
 
+from pallas_kernels.cema_scan import cema_scan
 from pallas_kernels.grouped_matmul import (
     GroupMetadata,
     expert_parallel_ffn,
@@ -17,6 +18,7 @@ from pallas_kernels.patch_pool import patch_attention, patch_gather_attention, p
 
 __all__ = [
     "GroupMetadata",
+    "cema_scan",
     "expert_parallel_ffn",
     "gmm",
     "make_group_metadata",

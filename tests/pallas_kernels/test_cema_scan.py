@@ -1,0 +1,358 @@
+"""Every implementation of the recurrence against numpy in float64, and against another."""
+
+import functools
+import sys
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+import scipy.signal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels
+from pallas_kernels.cema_scan.shapes import SHAPES, Arguments, Shape, make_arguments
+
+BY_NAME = {shape.name: shape for shape in SHAPES}
+all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=list(BY_NAME))
+
+
+def numpy_scan(arguments):
+    """The recurrence in float64, one token at a time."""
+    x = arguments.x.astype(np.float64)
+    decay_re, decay_im, input_coeff, output_re, output_im = (
+        c.astype(np.float64) for c in arguments.coefficients
+    )
+    decay, output = decay_re + 1j * decay_im, output_re + 1j * output_im
+    h = arguments.state[0].astype(np.float64) + 1j * arguments.state[1]
+    y = np.zeros_like(x)
+    for t in range(x.shape[1]):
+        if arguments.reset is not None:
+            h = np.where(arguments.reset[:, t, None, None], 0, h)
+        h = decay * h + input_coeff * x[:, t, :, None]
+        y[:, t] = (output * h).real.sum(-1)
+    return y, (h.real, h.imag)
+
+
+def function_of(arguments, implementation):
+    """The operation as a function of its floating-point arguments."""
+
+    def function(x, coefficients, state):
+        return pallas_kernels.cema_scan(
+            x, *coefficients, state, arguments.reset, implementation=implementation
+        )
+
+    return function
+
+
+def value_and_gradients(function, x, coefficients, state):
+    """The value, and the gradients of a fixed random combination of its entries."""
+    out, vjp = jax.vjp(function, x, coefficients, state)
+    rng = np.random.default_rng(1)
+    return out, vjp(jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), out))
+
+
+def run(arguments, implementation, change=lambda x: x):
+    function = functools.partial(value_and_gradients, function_of(arguments, implementation))
+    floats = (arguments.x, arguments.coefficients, arguments.state)
+    return jax.jit(function)(*jax.tree.map(change, floats))
+
+
+def assert_all_close(actual, expected, tolerance):
+    """Each array within tolerance times the largest value of what is expected."""
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    for a, b in zip(actual, expected, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        assert np.isfinite(a).all()
+        scale = max(np.abs(b).max(initial=0.0), 1.0)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+class Values:
+    """Values beside numpy, and gradients beside finite differences."""
+
+    implementation: str
+
+    @all_shapes
+    def test_value(self, shape):
+        arguments = make_arguments(shape)
+        found = jax.jit(function_of(arguments, self.implementation))(
+            arguments.x, arguments.coefficients, arguments.state
+        )
+        assert_all_close(found, numpy_scan(arguments), 1e-5)
+
+    def test_finite_differences(self):
+        shape = Shape(name="small", rows=2, length=67, width=2, size=2, resets=(10, 12, 40))
+        arguments = make_arguments(shape)
+        with jax.enable_x64(True):
+            floats = (arguments.x, arguments.coefficients, arguments.state)
+            floats = jax.tree.map(lambda x: x.astype(np.float64), floats)
+            function = jax.jit(function_of(arguments, self.implementation))
+            jax.test_util.check_grads(
+                function, floats, order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-6
+            )
+
+
+class TestReference(Values):
+    implementation = "reference"
+
+    def test_equals_lfilter(self):
+        shape = Shape(name="filter", length=50, width=3, size=2)
+        arguments = make_arguments(shape)
+        decay_re, decay_im, input_coeff, output_re, output_im = arguments.coefficients
+        expected = np.zeros(arguments.x.shape)
+        for d, n in np.ndindex(decay_re.shape):
+            decay = complex(decay_re[d, n], decay_im[d, n])
+            start = complex(arguments.state[0][0, d, n], arguments.state[1][0, d, n])
+            h, _ = scipy.signal.lfilter(
+                [input_coeff[d, n]], [1, -decay], arguments.x[0, :, d], zi=[decay * start]
+            )
+            expected[0, :, d] += (complex(output_re[d, n], output_im[d, n]) * h).real
+        found, _ = function_of(arguments, "reference")(
+            arguments.x, arguments.coefficients, arguments.state
+        )
+        assert_all_close(found, expected, 1e-5)
+
+
+class Scan(Values):
+    """All that an implementation must do; a subclass names one."""
+
+    @all_shapes
+    def test_gradients(self, shape):
+        arguments = make_arguments(shape)
+        found = run(arguments, self.implementation)
+        assert_all_close(found, run(arguments, "reference"), 1e-5)
+
+    @given(data=st.data())
+    @settings(max_examples=4, deadline=None, derandomize=True)
+    def test_any_sizes(self, data):
+        shape = Shape(
+            name="drawn",
+            rows=data.draw(st.integers(1, 3)),
+            length=data.draw(st.integers(1, 140)),
+            width=data.draw(st.integers(1, 4)),
+            size=data.draw(st.integers(1, 4)),
+            resets=tuple(data.draw(st.lists(st.integers(0, 139), max_size=9))),
+        )
+        arguments = make_arguments(shape, seed=data.draw(st.integers(0, 99)))
+        found = run(arguments, self.implementation)
+        assert_all_close(found, run(arguments, "reference"), 1e-5)
+
+    def test_cut_anywhere(self):
+        """Two calls that hand the state on equal one call."""
+        arguments = make_arguments(BY_NAME["resets"])
+        for cut in (1, 63, 100):
+            parts = [
+                Arguments(
+                    arguments.x[:, part],
+                    arguments.coefficients,
+                    arguments.state,
+                    arguments.reset[:, part],
+                )
+                for part in (slice(None, cut), slice(cut, None))
+            ]
+            first, second = (function_of(part, self.implementation) for part in parts)
+            y_first, state = first(parts[0].x, arguments.coefficients, arguments.state)
+            y_second, state = second(parts[1].x, arguments.coefficients, state)
+            joined = jnp.concatenate([y_first, y_second], 1), state
+            assert_all_close(joined, numpy_scan(arguments), 1e-5)
+
+    def test_vmap(self):
+        arguments = make_arguments(BY_NAME["resets"])
+        function = functools.partial(
+            value_and_gradients, function_of(arguments, self.implementation)
+        )
+        x, coefficients, state = arguments.x, arguments.coefficients, arguments.state
+        together = jax.jit(jax.vmap(function, in_axes=(0, None, 0)))(
+            np.stack([x, -2 * x]), coefficients, tuple(np.stack([s, 3 * s]) for s in state)
+        )
+        for i, floats in enumerate(((x, state), (-2 * x, tuple(3 * s for s in state)))):
+            apart = jax.jit(function)(floats[0], coefficients, floats[1])
+            assert_all_close(jax.tree.map(lambda a, i=i: a[i], together), apart, 1e-5)
+
+    def test_vmap_over_resets(self):
+        arguments = make_arguments(BY_NAME["resets"])
+
+        def gradients(reset):
+            def function(x, coefficients, state):
+                return pallas_kernels.cema_scan(
+                    x, *coefficients, state, reset, implementation=self.implementation
+                )
+
+            floats = arguments.x, arguments.coefficients, arguments.state
+            return value_and_gradients(function, *floats)
+
+        resets = np.stack([arguments.reset, np.roll(arguments.reset, 3, 1)])
+        together = jax.jit(jax.vmap(gradients))(resets)
+        for i in range(2):
+            apart = jax.jit(gradients)(resets[i])
+            assert_all_close(jax.tree.map(lambda a, i=i: a[i], together), apart, 1e-5)
+
+    def test_bfloat16(self):
+        arguments = make_arguments(BY_NAME["resets"])
+        short = jnp.bfloat16
+        found = run(arguments, self.implementation, lambda x: jnp.asarray(x, short))
+        (y, state), (dx, *others) = found
+        assert y.dtype == dx.dtype == short
+        assert all(part.dtype == jnp.float32 for part in state)
+        assert all(part.dtype == short for part in jax.tree.leaves(others))
+        wide = run(arguments, "reference", lambda x: jnp.asarray(x, short).astype("float32"))
+        assert_all_close(found, wide, 2e-2)
+
+    def test_long_memory(self):
+        """Decay 0.9999 over 5000 tokens: the error grows no faster than 1 / (1 - modulus)."""
+        shape = Shape(name="long", length=5000, width=2, size=2, resets=(40,))
+        arguments = make_arguments(shape)
+        modulus = np.hypot(*arguments.coefficients[:2])
+        decay = [(0.9999 * c / modulus).astype(np.float32) for c in arguments.coefficients[:2]]
+        coefficients = (*decay, *arguments.coefficients[2:])
+        arguments = Arguments(arguments.x, coefficients, arguments.state, arguments.reset)
+        found = function_of(arguments, self.implementation)(
+            arguments.x, arguments.coefficients, arguments.state
+        )
+        assert_all_close(found, numpy_scan(arguments), 1e-4)
+
+    def test_nothing_crosses_a_reset(self):
+        """Infinities before a reset reach neither later outputs nor, backward, later tokens."""
+        shape = Shape(name="isolated", length=100, width=2, size=2, resets=(45, 80))
+        arguments = make_arguments(shape)
+        arguments.x[:, :45] = np.inf
+        y, _ = function_of(arguments, self.implementation)(
+            arguments.x, arguments.coefficients, arguments.state
+        )
+        assert np.isfinite(y[:, 45:]).all()
+        arguments = make_arguments(shape)
+        function = function_of(arguments, self.implementation)
+        out, vjp = jax.vjp(function, arguments.x, arguments.coefficients, arguments.state)
+        dy = np.where(np.arange(100)[None, :, None] >= 80, np.inf, 1.0) * np.ones(out[0].shape)
+        dx, _, d_state = vjp((jnp.asarray(dy, jnp.float32), arguments.state))
+        assert np.isfinite(dx[:, :80]).all()
+        assert not np.any(d_state[0] != d_state[0])
+
+    def test_causal(self):
+        """The loss at a token has exactly no gradient on later ones, nor on an earlier document."""
+        shape = Shape(name="c", length=100, width=2, size=2, resets=(45,))
+        arguments = make_arguments(shape)
+        function = function_of(arguments, self.implementation)
+
+        def loss(x):
+            return function(x, arguments.coefficients, arguments.state)[0][0, 70, 1]
+
+        dx = np.asarray(jax.grad(loss)(arguments.x))[0]
+        assert not dx[71:].any() and not dx[:, 0].any() and dx[46:71, 1].all()
+        assert not dx[:45].any()
+
+    def test_sharded(self):
+        shape = BY_NAME["eight_rows"]
+        arguments = make_arguments(shape)
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh((4, 2), ("data", "tensor"), auto)
+        specs = {3: P("data", None, "tensor"), 2: P("tensor")}
+
+        def place(x):
+            spec = P("data", "tensor") if x.shape[-1] == shape.size and x.ndim == 3 else None
+            return jax.device_put(x, NamedSharding(mesh, spec or specs[x.ndim]))
+
+        with jax.set_mesh(mesh):
+            found = self.run_sharded(mesh, arguments, place)
+        assert_all_close(found, run(arguments, "reference"), 1e-5)
+
+    def run_sharded(self, mesh, arguments, place):
+        return run(arguments, self.implementation, place)
+
+
+class TestXLA(Scan):
+    implementation = "xla"
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [("fft", "one"), ("fft", "odd"), ("fft", "blocks"), ("associative", "all_resets")],
+)
+def test_forms_to_compare_with(implementation, name):
+    arguments = make_arguments(BY_NAME[name])
+    found = run(arguments, implementation)
+    assert_all_close(found[0], numpy_scan(arguments), 1e-5)
+    assert_all_close(found, run(arguments, "reference"), 2e-5)
+
+
+def test_default_is_the_portable_form():
+    arguments = make_arguments(BY_NAME["resets"])
+    jax.tree.map(np.testing.assert_array_equal, run(arguments, None), run(arguments, "xla"))
+
+
+def test_no_state_is_zero_state():
+    arguments = make_arguments(BY_NAME["odd"])
+    zeros = tuple(np.zeros_like(part) for part in arguments.state)
+    none = pallas_kernels.cema_scan(arguments.x, *arguments.coefficients)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        none,
+        pallas_kernels.cema_scan(arguments.x, *arguments.coefficients, zeros),
+    )
+
+
+def arrays_in(jaxpr):
+    """Every array computed anywhere in a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from arrays_in(inner)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "associative"])
+def test_no_array_grows_with_length_times_state(implementation):
+    shape = Shape(name="long", length=4096, width=2, size=16, resets=(100,))
+    arguments = make_arguments(shape)
+    function = functools.partial(value_and_gradients, function_of(arguments, implementation))
+    floats = (arguments.x, arguments.coefficients, arguments.state)
+    largest = max(a.size for a in arrays_in(jax.make_jaxpr(function)(*floats).jaxpr))
+    if implementation == "xla":
+        assert largest <= arguments.x.size
+    else:
+        assert largest >= arguments.x.size * shape.size  # the walk does find such arrays
+
+
+class TestArguments:
+    x = np.zeros((2, 3, 4), np.float32)
+    c = np.zeros((4, 5), np.float32)
+    s = np.zeros((2, 4, 5), np.float32)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (dict(x=x[0]), ValueError, r"x has shape \(3, 4\); 3 axes are needed"),
+            (dict(x=x.astype(np.int32)), TypeError, "x has dtype int32"),
+            (dict(x=x.astype(np.float16)), TypeError, "x has dtype float16; float32, bfloat16"),
+            (dict(x=x[:, :0]), ValueError, "every axis must be at least 1"),
+            (dict(decay_re=c[:3]), ValueError, r"decay_re has shape \(3, 5\); \(4, 5\)"),
+            (dict(output_im=c[:, :4]), ValueError, r"output_im has shape \(4, 4\); \(4, 5\)"),
+            (dict(input_coeff=c.astype(int)), TypeError, "input_coeff has dtype int"),
+            (dict(state=(s,)), TypeError, "must be a pair of arrays"),
+            (dict(state=(s, s[:1])), ValueError, r"state\[1\] has shape \(1, 4, 5\)"),
+            (dict(state=(s.astype(np.complex64), s)), TypeError, r"state\[0\] has dtype complex64"),
+            (dict(reset=np.zeros((2, 3), int)), TypeError, "reset has dtype int.*; bool is needed"),
+            (dict(reset=np.zeros((2, 4), bool)), ValueError, r"reset has shape \(2, 4\); \(2, 3\)"),
+            (dict(implementation="cuda"), ValueError, "implementation='cuda' is unknown"),
+            (
+                dict(implementation="fft", reset=np.zeros((2, 3), bool)),
+                NotImplementedError,
+                "cannot reset the state",
+            ),
+        ],
+    )
+    def test_errors(self, change, error, message):
+        names = ("decay_re", "decay_im", "input_coeff", "output_re", "output_im")
+        arguments = dict(x=self.x, **{name: self.c for name in names}) | change
+        with pytest.raises(error, match=message):
+            pallas_kernels.cema_scan(**arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
