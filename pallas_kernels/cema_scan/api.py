@@ -12,17 +12,19 @@ state is kept and summed in float32 (float64 if x is), whatever the dtype of x.
 Gradients are defined for every floating-point argument, the state included, in reverse mode.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
-from pallas_kernels.cema_scan import associative, fft, reference, xla
+from pallas_kernels.cema_scan import associative, fft, reference, vjp
 from pallas_kernels.cema_scan.reference import Coefficients
 
 FORMS = {
+    **{name: functools.partial(vjp.cema_scan, name) for name in (None, "xla", "tpu", "interpret")},
     "reference": reference.cema_scan,
-    "xla": xla.cema_scan,
     "fft": fft.cema_scan,
     "associative": associative.cema_scan,
 }

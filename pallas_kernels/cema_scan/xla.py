@@ -20,8 +20,11 @@ from pallas_kernels.cema_scan import reference
 from pallas_kernels.cema_scan.reference import Coefficients, Complex, multiply
 
 CHUNK = 32
-CHUNKS_PER_BLOCK = 8
-"""Chunks of all rows together that one block has at least; larger ones measured slower on CPU."""
+BLOCK_CHUNKS = 8
+"""Chunks of all rows together that a block of the forward pass has at least."""
+
+SEGMENT = 256
+"""Tokens between the states that are kept for the backward pass; a multiple of CHUNK."""
 
 
 class Tables(NamedTuple):
@@ -37,34 +40,128 @@ class Tables(NamedTuple):
     decay_im: jax.Array
 
 
-def cema_scan(
+def forward(
     x_BTD: jax.Array,
     coefficients: Coefficients,
     state_BDN: Complex,
     reset_BT: jax.Array | None,
-) -> tuple[jax.Array, Complex]:
-    """See `api.cema_scan`. Tokens beyond whole chunks take the recurrence one by one."""
-    rows, length, _ = x_BTD.shape
-    num_chunks = length // CHUNK
-    per_block = min(max(CHUNKS_PER_BLOCK // rows, 1), max(num_chunks, 1))
-    in_blocks = num_chunks // per_block * per_block
-    parts, start = [], 0
-    tables = make_tables(coefficients) if num_chunks else None
-    state = tuple(part.swapaxes(0, 1) for part in state_BDN)
-    for chunks, block in ((in_blocks, per_block), (num_chunks - in_blocks, None)):
-        if not chunks:
-            continue
-        stop = start + chunks * CHUNK
-        piece = None if reset_BT is None else _pieces(reset_BT[:, start:stop])
-        y, state = _blocks(x_BTD[:, start:stop], piece, tables, state, block or chunks)
+    *,
+    keep: bool,
+) -> tuple[jax.Array, Complex, jax.Array | None]:
+    """Outputs, final state, and with `keep` the states [B, segments, 2N, D] before each segment."""
+    length = x_BTD.shape[1]
+    whole = length // SEGMENT
+    tables = _tables(coefficients, length)
+    state = _channels_first(state_BDN)
+    num_kept = -(-length // SEGMENT) if keep else 0
+    states = tuple(jnp.zeros((num_kept, *part.shape), part.dtype) for part in state)
+    y_BTD = jnp.zeros_like(x_BTD)
+
+    def body(i, carry):
+        y_BTD, state, states = carry
+        if keep:
+            states = _put_each(states, state, i)
+        for start, size in _steps(x_BTD.shape[0], SEGMENT):
+            start = i * SEGMENT + start
+            y, state = _block(*_cut((x_BTD, reset_BT), start, size), tables, state)
+            y_BTD = lax.dynamic_update_slice_in_dim(y_BTD, y, start, 1)
+        return y_BTD, state, states
+
+    if whole:
+        y_BTD, state, states = lax.fori_loop(0, whole, body, (y_BTD, state, states))
+    if length % SEGMENT:
+        if keep:
+            states = _put_each(states, state, whole)
+        rest = _cut((x_BTD, reset_BT), whole * SEGMENT, length % SEGMENT)
+        y, state = _segment(*rest, tables, coefficients, state)
+        y_BTD = lax.dynamic_update_slice_in_dim(y_BTD, y, whole * SEGMENT, 1)
+    kept = jnp.concatenate(states, 3).transpose(2, 0, 3, 1) if keep else None
+    return y_BTD, _channels_first(state), kept
+
+
+def backward(
+    x_BTD: jax.Array,
+    coefficients: Coefficients,
+    reset_BT: jax.Array | None,
+    states: jax.Array,
+    dy_BTD: jax.Array,
+    d_state_BDN: Complex,
+) -> tuple[jax.Array, Coefficients, Complex]:
+    """The gradients of x, the coefficients and the first state."""
+    length = x_BTD.shape[1]
+    whole = length // SEGMENT
+    tables, tables_pullback = jax.vjp(functools.partial(_tables, length=length), coefficients)
+    d_state = _channels_first(d_state_BDN)
+    d_tables, d_coefficients = jax.tree.map(jnp.zeros_like, (tables, coefficients))
+    states_DBN = states.transpose(1, 3, 0, 2)  # segments first
+    size = coefficients.decay_re.shape[1]
+
+    def gradients(i, length, d_state):
+        """Those of segment i, of the given length."""
+        x, reset = _cut((x_BTD, reset_BT), i * SEGMENT, length)
+        (dy,) = _cut((dy_BTD,), i * SEGMENT, length)
+        before = lax.dynamic_index_in_dim(states_DBN, i, keepdims=False)
+        before = before[..., :size], before[..., size:]
+        segment = lambda x, *others: _segment(x, reset, *others)  # noqa: E731
+        _, pullback = jax.vjp(segment, x, tables, coefficients, before)
+        return pullback((dy, d_state))
+
+    def body(step, carry):
+        dx_BTD, d_tables, d_state = carry
+        i = whole - 1 - step
+        dx, d_more, _, d_state = gradients(i, SEGMENT, d_state)
+        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, i * SEGMENT, 1)
+        return dx_BTD, jax.tree.map(jnp.add, d_tables, d_more), d_state
+
+    dx_BTD = jnp.zeros_like(x_BTD)
+    if length % SEGMENT:
+        dx, d_tables, d_coefficients, d_state = gradients(whole, length % SEGMENT, d_state)
+        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, whole * SEGMENT, 1)
+    if whole:
+        dx_BTD, d_tables, d_state = lax.fori_loop(0, whole, body, (dx_BTD, d_tables, d_state))
+    (d_more,) = tables_pullback(d_tables)
+    return dx_BTD, jax.tree.map(jnp.add, d_coefficients, d_more), _channels_first(d_state)
+
+
+def _channels_first(state: Complex) -> Complex:
+    """[B, D, N] to [D, B, N] and back."""
+    return tuple(part.swapaxes(0, 1) for part in state)
+
+
+def _put_each(all_states, state, i):
+    put = lax.dynamic_update_index_in_dim
+    return tuple(put(a, part, i, 0) for a, part in zip(all_states, state, strict=True))
+
+
+def _cut(arrays, start, size):
+    cut = lax.dynamic_slice_in_dim
+    return [None if x is None else cut(x, start, size, 1) for x in arrays]
+
+
+def _steps(rows: int, length: int):
+    """(start, size) of blocks of whole chunks that cover `length` tokens, itself whole chunks."""
+    size = max(BLOCK_CHUNKS // rows, 1) * CHUNK
+    return [(start, min(size, length - start)) for start in range(0, length, size)]
+
+
+def _segment(x_BTD, reset_BT, tables, coefficients, state):
+    """Outputs and state after any number of tokens; those beyond whole chunks go one by one."""
+    length = x_BTD.shape[1]
+    whole = length // CHUNK * CHUNK
+    parts = []
+    if whole:
+        y, state = _block(*_cut((x_BTD, reset_BT), 0, whole), tables, state)
         parts.append(y)
-        start = stop
-    state = tuple(part.swapaxes(0, 1) for part in state)
-    if start < length:
-        reset = None if reset_BT is None else reset_BT[:, start:]
-        y, state = reference.cema_scan(x_BTD[:, start:], coefficients, state, reset)
+    if whole < length:
+        x, reset = _cut((x_BTD, reset_BT), whole, length - whole)
+        y, state = reference.cema_scan(x, coefficients, _channels_first(state), reset)
+        state = _channels_first(state)
         parts.append(y)
     return (parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)), state
+
+
+def _tables(coefficients: Coefficients, length: int) -> Tables | None:
+    return make_tables(coefficients) if length >= CHUNK else None
 
 
 def make_tables(coefficients: Coefficients) -> Tables:
@@ -97,65 +194,8 @@ def _toeplitz(k_DC: jax.Array) -> jax.Array:
 
 
 def _pieces(reset_BT: jax.Array) -> jax.Array:
-    """How many resets lie in the chunk up to and with each token."""
-    chunks = reset_BT.reshape(reset_BT.shape[0], -1, CHUNK)
-    return jnp.cumsum(chunks, axis=2, dtype=jnp.int32).reshape(reset_BT.shape)
-
-
-# The loop over blocks, forward and backward.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocks(x_BTD, piece_BT, tables, state_DBN, chunks_per_block):
-    return _blocks_forward(x_BTD, piece_BT, tables, state_DBN, chunks_per_block)[0]
-
-
-def _slice(x, i, length):
-    return None if x is None else lax.dynamic_slice_in_dim(x, i * length, length, 1)
-
-
-def _blocks_forward(x_BTD, piece_BT, tables, state_DBN, chunks_per_block):
-    size = chunks_per_block * CHUNK
-    num_blocks = x_BTD.shape[1] // size
-
-    def body(i, carry):
-        y_BTD, state, states = carry
-        states = tuple(
-            lax.dynamic_update_index_in_dim(all_states, part, i, 0)
-            for all_states, part in zip(states, state, strict=True)
-        )
-        y, state = _block(_slice(x_BTD, i, size), tables, state, _slice(piece_BT, i, size))
-        return lax.dynamic_update_slice_in_dim(y_BTD, y, i * size, 1), state, states
-
-    states = tuple(jnp.zeros((num_blocks, *part.shape), part.dtype) for part in state_DBN)
-    carry = (jnp.zeros_like(x_BTD), state_DBN, states)
-    y_BTD, state, states = lax.fori_loop(0, num_blocks, body, carry)
-    return (y_BTD, state), (x_BTD, piece_BT, tables, states)
-
-
-def _blocks_backward(chunks_per_block, residuals, cotangents):
-    x_BTD, piece_BT, tables, states = residuals
-    dy_BTD, d_state = cotangents
-    size = chunks_per_block * CHUNK
-    num_blocks = x_BTD.shape[1] // size
-
-    def body(step, carry):
-        dx_BTD, d_tables, d_state = carry
-        i = num_blocks - 1 - step
-        state = tuple(lax.dynamic_index_in_dim(part, i, keepdims=False) for part in states)
-        piece = _slice(piece_BT, i, size)
-        block = functools.partial(_block, piece_BT=piece)
-        _, pullback = jax.vjp(block, _slice(x_BTD, i, size), tables, state)
-        dx, d_more, d_state = pullback((_slice(dy_BTD, i, size), d_state))
-        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, i * size, 1)
-        return dx_BTD, jax.tree.map(jnp.add, d_tables, d_more), d_state
-
-    carry = (jnp.zeros_like(x_BTD), jax.tree.map(jnp.zeros_like, tables), d_state)
-    dx_BTD, d_tables, d_state = lax.fori_loop(0, num_blocks, body, carry)
-    return dx_BTD, None, d_tables, d_state
-
-
-_blocks.defvjp(_blocks_forward, _blocks_backward)
+    """How many resets lie in a chunk up to and with each token: [M, C]."""
+    return jnp.cumsum(reset_BT.reshape(-1, CHUNK), axis=1, dtype=jnp.int32)
 
 
 # One block: M = rows times chunks, a chunk of row b at b * (chunks per row) + k.
@@ -165,15 +205,15 @@ def _product(equation: str, *arrays: jax.Array) -> jax.Array:
     return jnp.einsum(equation, *arrays, precision="highest")
 
 
-def _block(x_BTD, tables, state_DBN, piece_BT):
+def _block(x_BTD, reset_BT, tables, state_DBN):
     """Outputs and the state after a block of whole chunks."""
     rows, length, width = x_BTD.shape
     dtype = tables.output.dtype
     x_DMC = x_BTD.astype(dtype).reshape(rows * length, width).T.reshape(width, -1, CHUNK)
-    if piece_BT is None:
+    if reset_BT is None:
         kept_M, x_first, x_last = None, x_DMC, x_DMC
     else:
-        piece_MC = piece_BT.reshape(-1, CHUNK)
+        piece_MC = _pieces(reset_BT)
         kept_M = piece_MC[:, -1] == 0
         first_1MC = (piece_MC == 0)[None]
         x_first = jnp.where(first_1MC, x_DMC, 0.0)
@@ -181,7 +221,7 @@ def _block(x_BTD, tables, state_DBN, piece_BT):
     added_DMN = _product("dmj,djn->dmn", x_last, tables.input)
     before_DMN, state_DBN = _carry(added_DMN, tables, state_DBN, kept_M)
     y_DMC = _product("dmj,dji->dmi", jnp.concatenate([x_first, before_DMN], 2), tables.output)
-    if piece_BT is not None:
+    if reset_BT is not None:
         later_DMC = _later_pieces(x_DMC, tables.output[:, :CHUNK], piece_MC)
         y_DMC = jnp.where(first_1MC, y_DMC, later_DMC)
     y_BTD = y_DMC.reshape(width, rows * length).T.reshape(x_BTD.shape)

@@ -16,7 +16,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from pallas_kernels.cema_scan.shapes import SHAPES, Arguments, Shape, make_arguments
+from pallas_kernels import evidence
+from pallas_kernels.cema_scan.shapes import (
+    DEVICE_SHAPES,
+    SHAPES,
+    Arguments,
+    Shape,
+    make_arguments,
+)
 
 BY_NAME = {shape.name: shape for shape in SHAPES}
 all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=list(BY_NAME))
@@ -271,6 +278,36 @@ class TestXLA(Scan):
     implementation = "xla"
 
 
+class TestInterpret(Scan):
+    """The TPU kernels by the Pallas interpreter."""
+
+    implementation = "interpret"
+
+    def test_finite_differences(self):
+        arguments = make_arguments(BY_NAME["short"])
+        with jax.enable_x64(True), pytest.raises(NotImplementedError, match="x has dtype float64"):
+            run(arguments, self.implementation, lambda x: jnp.asarray(x, jnp.float64))
+
+    def run_sharded(self, mesh, arguments, place):
+        """Kernels are not partitioned automatically: they run inside shard_map."""
+        x, table, state = P("data", None, "tensor"), P("tensor"), P("data", "tensor")
+
+        def function(x_BTD, coefficients, state_BDN):
+            sharded = jax.shard_map(
+                lambda x, coefficients, state, reset: pallas_kernels.cema_scan(
+                    x, *coefficients, state, reset, implementation=self.implementation
+                ),
+                in_specs=(x, table, state, P("data")),
+                out_specs=(x, (state, state)),
+                check_vma=False,
+            )
+            return sharded(x_BTD, coefficients, state_BDN, arguments.reset)
+
+        floats = (arguments.x, arguments.coefficients, arguments.state)
+        run = jax.jit(functools.partial(value_and_gradients, function))
+        return run(*jax.tree.map(place, floats))
+
+
 @pytest.mark.parametrize(
     ("implementation", "name"),
     [("fft", "one"), ("fft", "odd"), ("fft", "blocks"), ("associative", "all_resets")],
@@ -317,6 +354,77 @@ def test_no_array_grows_with_length_times_state(implementation):
         assert largest <= arguments.x.size
     else:
         assert largest >= arguments.x.size * shape.size  # the walk does find such arrays
+
+
+# Evidence without devices.
+
+
+def structs_of(shape):
+    """What `function(x, coefficients, state, reset)` and its gradient take, without values."""
+    rows, length, width, size = shape.rows, shape.length, shape.width, shape.size
+
+    def struct(sizes, dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    x = struct((rows, length, width), shape.dtype)
+    coefficients = (struct((width, size), jnp.float32),) * 5
+    state = (struct((rows, width, size), jnp.float32),) * 2
+    return x, coefficients, state, None if shape.resets is None else struct((rows, length), bool)
+
+
+def forward_of(implementation):
+    def forward(x, coefficients, state, reset):
+        return pallas_kernels.cema_scan(
+            x, *coefficients, state, reset, implementation=implementation
+        )
+
+    return forward
+
+
+def gradients_of(implementation):
+    def gradients(x, coefficients, state, reset):
+        def forward(*floats):
+            return forward_of(implementation)(*floats, reset)
+
+        out, vjp = jax.vjp(forward, x, coefficients, state)
+        return out, vjp(out)
+
+    return gradients
+
+
+DEVICE = {shape.name: shape for shape in DEVICE_SHAPES}
+every_compile = [("v5p", name) for name in DEVICE] + [
+    (chip, name)
+    for chip in ("v5e", "v6e")
+    for name in ("megalodon_7b", "megalodon_7b_packed", "odd_sizes")
+]
+
+
+@pytest.mark.parametrize(("chip", "name"), every_compile)
+def test_tpu_compile(chip, name):
+    compiled = evidence.compile_for_tpu(
+        gradients_of("tpu"), structs_of(DEVICE[name]), evidence.TOPOLOGIES[chip]
+    )
+    text = compiled.as_text()
+    assert "cema_scan_forward" in text and "cema_scan_backward" in text
+
+
+@pytest.mark.parametrize("name", list(DEVICE))
+def test_bytes(name):
+    """Traffic of forward and backward kernel beside x, y and their cotangents, each once."""
+    shape = DEVICE[name]
+    structs = structs_of(shape)
+    forward, backward = evidence.kernel_traffic(gradients_of("tpu"), *structs)
+    (alone,) = evidence.kernel_traffic(forward_of("tpu"), *structs)
+    for call in (alone, forward, backward):
+        assert call.total == call.declared
+    if name.startswith("megalodon"):
+        ideal = evidence.ideal_bytes(forward_of("tpu"), *structs)
+        assert alone.total <= 1.05 * ideal
+        assert forward.total <= 1.3 * ideal
+        x = structs[0]
+        more = x.size * x.dtype.itemsize  # backward reads x and dy, and writes dx
+        assert backward.total <= 1.3 * (ideal + more)
 
 
 class TestArguments:
