@@ -238,7 +238,8 @@ class Scan(Values):
         function = function_of(arguments, self.implementation)
         out, vjp = jax.vjp(function, arguments.x, arguments.coefficients, arguments.state)
         dy = np.where(np.arange(100)[None, :, None] >= 80, np.inf, 1.0) * np.ones(out[0].shape)
-        dx, _, d_state = vjp((jnp.asarray(dy, jnp.float32), arguments.state))
+        d_state = tuple(map(jnp.asarray, arguments.state))
+        dx, _, d_state = vjp((jnp.asarray(dy, jnp.float32), d_state))
         assert np.isfinite(dx[:, :80]).all()
         assert not np.any(d_state[0] != d_state[0])
 
