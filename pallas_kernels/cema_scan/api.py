@@ -22,8 +22,9 @@ from pallas_kernels import dispatch
 from pallas_kernels.cema_scan import associative, fft, reference, vjp
 from pallas_kernels.cema_scan.reference import Coefficients
 
+NAMES = (None, "xla", "tpu", "gpu", "interpret")
 FORMS = {
-    **{name: functools.partial(vjp.cema_scan, name) for name in (None, "xla", "tpu", "interpret")},
+    **{name: functools.partial(vjp.cema_scan, name) for name in NAMES},
     "reference": reference.cema_scan,
     "fft": fft.cema_scan,
     "associative": associative.cema_scan,

@@ -44,7 +44,7 @@ def _run(implementation, direction, x_BTD, *others, **options):
     """One direction of the named form, or for None of the form of the platform compiled for."""
     if implementation is not None:
         return _form(implementation, direction, options)(x_BTD, *others)
-    names = ("xla",) if x_BTD.dtype == jnp.float64 else ("xla", "tpu")
+    names = ("xla",) if x_BTD.dtype == jnp.float64 else ("xla", "tpu", "gpu")
     forms = {name: _form(name, direction, options) for name in names}
     return dispatch.by_platform(x_BTD, *others, **forms)
 
@@ -52,6 +52,10 @@ def _run(implementation, direction, x_BTD, *others, **options):
 def _form(name, direction, options):
     if name == "xla":
         return functools.partial(getattr(xla, direction), **options)
+    if name == "gpu":
+        from pallas_kernels.cema_scan import gpu
+
+        return functools.partial(getattr(gpu, direction), **options)
     from pallas_kernels.cema_scan import tpu
 
     return functools.partial(getattr(tpu, direction), **options, interpret=name == "interpret")

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import evidence
+from pallas_kernels.cema_scan import gpu
+from pallas_kernels.cema_scan.reference import Coefficients
 from pallas_kernels.cema_scan.shapes import (
     DEVICE_SHAPES,
     SHAPES,
@@ -408,6 +410,51 @@ def test_tpu_compile(chip, name):
     )
     text = compiled.as_text()
     assert "cema_scan_forward" in text and "cema_scan_backward" in text
+
+
+@pytest.mark.parametrize("name", list(DEVICE))
+def test_cuda_lowering(name):
+    """One kernel where a call is a single segment of time, two where phases are needed."""
+    found = evidence.lower_for_cuda(gradients_of("gpu"), structs_of(DEVICE[name]))
+    single = DEVICE[name].length <= gpu.SEGMENT
+    assert len(found.kernels) == (3 if single else 4)
+
+
+@pytest.mark.parametrize("name", ["one_token", "blocks", "resets", "large_state", "many_rows"])
+def test_gpu_kernels_interpreted(name):
+    """The Triton kernels by the Pallas interpreter, beside numpy and the reference."""
+    arguments = make_arguments(BY_NAME[name])
+    x, coefficients, state, reset = jax.tree.map(
+        jnp.asarray, (arguments.x, arguments.coefficients, arguments.state, arguments.reset)
+    )
+
+    @jax.custom_vjp
+    def function(x, coefficients, state):
+        return forward(x, coefficients, state)[0]
+
+    def forward(x, coefficients, state):
+        y, last, states = gpu.forward(
+            x, Coefficients(*coefficients), state, reset, keep=True, interpret=True
+        )
+        return (y, last), (x, coefficients, states)
+
+    def backward(residuals, cotangents):
+        x, coefficients, states = residuals
+        dx, d_coefficients, d_state = gpu.backward(
+            x, Coefficients(*coefficients), reset, states, *cotangents, interpret=True
+        )
+        return dx, tuple(d_coefficients), d_state
+
+    function.defvjp(forward, backward)
+    found = jax.jit(functools.partial(value_and_gradients, function))(x, coefficients, state)
+    assert_all_close(found[0], numpy_scan(arguments), 1e-5)
+    assert_all_close(found, run(arguments, "reference"), 2e-5)
+
+
+def test_gpu_refuses_what_registers_cannot_hold():
+    arguments = make_arguments(Shape(name="wide_state", length=3, width=2, size=gpu.MAX_SIZE + 1))
+    with pytest.raises(NotImplementedError, match="keeps up to 64 complex numbers"):
+        run(arguments, "gpu")
 
 
 @pytest.mark.parametrize("name", list(DEVICE))
