@@ -25,7 +25,9 @@ def rows() -> list[dict]:
         for gradients in (False, True):
             forms = [f for f in FORMS if not (packed and f == "fft")]
             measured = measure(LENGTH, packed, gradients, forms)
-            times = medians({form: run for form, (run, _) in measured.items()}, limit=15.0)
+            times = medians(
+                {form: run for form, (run, _) in measured.items()}, alternations=3, limit=6.0
+            )
             for form, (_, memory) in measured.items():
                 part = FORMS[form]
                 table.append(
@@ -47,7 +49,7 @@ def doublings() -> list[dict]:
     table, before = [], None
     for length in (LENGTH, 2 * LENGTH, 4 * LENGTH):
         ((run, memory),) = measure(length, False, True, ["xla"]).values()
-        time = medians({"xla": run}, limit=5.0)["xla"]
+        time = medians({"xla": run}, alternations=3)["xla"]
         row = {"form": "xla", "length": length, "what": "value and gradients", "packed": False}
         row |= {"ms": time, "temporary MB": memory / 1e6}
         if before is not None:

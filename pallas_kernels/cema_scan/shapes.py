@@ -29,7 +29,7 @@ SHAPES = (
     Shape(name="many_rows", rows=9, length=97, width=2, size=2),
     Shape(name="resets", rows=2, length=203, width=5, size=2, resets=(0, 1, 31, 64, 70, 71, 200)),
     Shape(name="all_resets", length=66, width=2, size=2, resets=tuple(range(66))),
-    Shape(name="large_state", length=40, width=3, size=17, resets=(20,)),
+    Shape(name="large_state", length=40, width=3, size=9, resets=(20,)),
     Shape(name="eight_rows", rows=8, length=70, width=16, size=2, resets=(40,)),
 )
 

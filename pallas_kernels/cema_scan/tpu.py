@@ -61,7 +61,7 @@ def forward(
         chunk,
         operations=12,
     )
-    return out[0], plan.split(out[1]), out[2] if keep else None
+    return out[0], plan.split(out[1]), plan.without_padding(out[2]) if keep else None
 
 
 def backward(
@@ -86,7 +86,7 @@ def backward(
     dx_BTD, d_state, d_packed = plan.call(
         functools.partial(_backward_kernel, plan),
         "cema_scan_backward",
-        (packed, plan.join(d_state_BDN), x_BTD, dy_BTD, states),
+        (packed, plan.join(d_state_BDN), x_BTD, dy_BTD, plan.with_padding(states)),
         [table, state, row, row, kept],
         [row, state, table],
         [struct(x_BTD.shape, x_BTD.dtype), state_struct, struct(packed.shape, jnp.float32)],
@@ -142,6 +142,16 @@ class _Plan:
     def split(self, state: jax.Array) -> Complex:
         parts = state.reshape(self.rows, 2, self.padded, self.width)[:, :, : self.size]
         return parts[:, 0].swapaxes(1, 2), parts[:, 1].swapaxes(1, 2)
+
+    def without_padding(self, states: jax.Array) -> jax.Array:
+        """[B, chunks, 2N, D] of states in the kernel's layout; nothing to do for whole tiles."""
+        shape = *states.shape[:2], 2, self.padded, self.width
+        states = states.reshape(shape)[:, :, :, : self.size]
+        return states.reshape(*shape[:2], 2 * self.size, self.width)
+
+    def with_padding(self, states: jax.Array) -> jax.Array:
+        shape = *states.shape[:2], 2, self.size, self.width
+        return self._pad(states.reshape(shape)).reshape(*shape[:2], 2 * self.padded, self.width)
 
     def _pad(self, x: jax.Array) -> jax.Array:
         rest = [(0, 0)] * (x.ndim - 2) + [(0, self.padded - self.size), (0, 0)]

@@ -83,33 +83,29 @@ def assert_all_close(actual, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
-class Values:
-    """Values beside numpy, and gradients beside finite differences."""
+def assert_finite_differences(implementation):
+    """The gradients in float64 beside finite differences."""
+    shape = Shape(name="small", rows=2, length=67, width=2, size=2, resets=(10, 12, 40))
+    arguments = make_arguments(shape)
+    with jax.enable_x64(True):
+        floats = (arguments.x, arguments.coefficients, arguments.state)
+        floats = jax.tree.map(lambda x: x.astype(np.float64), floats)
+        function = jax.jit(function_of(arguments, implementation))
+        jax.test_util.check_grads(
+            function, floats, order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-6
+        )
 
-    implementation: str
 
+class TestReference:
     @all_shapes
     def test_value(self, shape):
         arguments = make_arguments(shape)
-        found = jax.jit(function_of(arguments, self.implementation))(
-            arguments.x, arguments.coefficients, arguments.state
-        )
+        function = jax.jit(function_of(arguments, "reference"))
+        found = function(arguments.x, arguments.coefficients, arguments.state)
         assert_all_close(found, numpy_scan(arguments), 1e-5)
 
     def test_finite_differences(self):
-        shape = Shape(name="small", rows=2, length=67, width=2, size=2, resets=(10, 12, 40))
-        arguments = make_arguments(shape)
-        with jax.enable_x64(True):
-            floats = (arguments.x, arguments.coefficients, arguments.state)
-            floats = jax.tree.map(lambda x: x.astype(np.float64), floats)
-            function = jax.jit(function_of(arguments, self.implementation))
-            jax.test_util.check_grads(
-                function, floats, order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-6
-            )
-
-
-class TestReference(Values):
-    implementation = "reference"
+        assert_finite_differences("reference")
 
     def test_equals_lfilter(self):
         shape = Shape(name="filter", length=50, width=3, size=2)
@@ -129,25 +125,28 @@ class TestReference(Values):
         assert_all_close(found, expected, 1e-5)
 
 
-class Scan(Values):
+class Scan:
     """All that an implementation must do; a subclass names one."""
 
+    implementation: str
+
     @all_shapes
-    def test_gradients(self, shape):
+    def test_values_and_gradients(self, shape):
         arguments = make_arguments(shape)
         found = run(arguments, self.implementation)
+        assert_all_close(found[0], numpy_scan(arguments), 1e-5)
         assert_all_close(found, run(arguments, "reference"), 1e-5)
 
     @given(data=st.data())
-    @settings(max_examples=4, deadline=None, derandomize=True)
+    @settings(max_examples=3, deadline=None, derandomize=True)
     def test_any_sizes(self, data):
         shape = Shape(
             name="drawn",
             rows=data.draw(st.integers(1, 3)),
-            length=data.draw(st.integers(1, 140)),
+            length=data.draw(st.integers(1, 300)),
             width=data.draw(st.integers(1, 4)),
             size=data.draw(st.integers(1, 4)),
-            resets=tuple(data.draw(st.lists(st.integers(0, 139), max_size=9))),
+            resets=tuple(data.draw(st.lists(st.integers(0, 299), max_size=9))),
         )
         arguments = make_arguments(shape, seed=data.draw(st.integers(0, 99)))
         found = run(arguments, self.implementation)
@@ -156,7 +155,7 @@ class Scan(Values):
     def test_cut_anywhere(self):
         """Two calls that hand the state on equal one call."""
         arguments = make_arguments(BY_NAME["resets"])
-        for cut in (1, 63, 100):
+        for cut in (1, 100):
             parts = [
                 Arguments(
                     arguments.x[:, part],
@@ -280,13 +279,16 @@ class Scan(Values):
 class TestXLA(Scan):
     implementation = "xla"
 
+    def test_finite_differences(self):
+        assert_finite_differences(self.implementation)
+
 
 class TestInterpret(Scan):
     """The TPU kernels by the Pallas interpreter."""
 
     implementation = "interpret"
 
-    def test_finite_differences(self):
+    def test_float64_is_refused(self):
         arguments = make_arguments(BY_NAME["short"])
         with jax.enable_x64(True), pytest.raises(NotImplementedError, match="x has dtype float64"):
             run(arguments, self.implementation, lambda x: jnp.asarray(x, jnp.float64))
@@ -420,7 +422,7 @@ def test_cuda_lowering(name):
     assert len(found.kernels) == (3 if single else 4)
 
 
-@pytest.mark.parametrize("name", ["one_token", "blocks", "resets", "large_state", "many_rows"])
+@pytest.mark.parametrize("name", ["blocks", "resets"])
 def test_gpu_kernels_interpreted(name):
     """The Triton kernels by the Pallas interpreter, beside numpy and the reference."""
     arguments = make_arguments(BY_NAME[name])
