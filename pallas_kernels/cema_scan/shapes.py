@@ -48,7 +48,7 @@ DEVICE_SHAPES = (
     Shape(name="megalodon_7b_float32", length=4096, width=4096, size=16),
     Shape(name="decode", rows=16, length=1, width=4096, size=16, dtype="bfloat16"),
     Shape(name="odd_sizes", rows=3, length=1001, width=200, size=3, resets=(7,)),
-    Shape(name="large_state", rows=2, length=512, width=512, size=64, resets=(7,)),
+    Shape(name="large_state", rows=2, length=512, width=512, size=32, resets=(7,)),
 )
 """Shapes compiled for devices; the figures of the README are those of Megalodon-7B."""
 
