@@ -10,15 +10,12 @@ Form = TypeVar("Form")
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "interpret")
 
 
-def choose(
-    operation: str, implementation: str | None, forms: Mapping[str | None, Form]
-) -> Form:
+def choose(operation: str, implementation: str | None, forms: Mapping[str | None, Form]) -> Form:
     """Returns the form of `operation` that `implementation` names.
 
-    `forms` maps names to functions (or sets of functions) with equal signatures and holds at least "xla"; the form under
-    None, "xla" if there is none, is taken for None.
-    Raises ValueError for a name nobody knows, NotImplementedError for a known one that
-    this operation does not have.
+    `forms` maps names to functions (or sets of functions) with equal signatures and holds at least
+    "xla"; the form under None, "xla" if there is none, is taken for None. Raises ValueError for a
+    name nobody knows, NotImplementedError for a known one that this operation does not have.
     """
     if implementation is None:
         return forms.get(None, forms["xla"])

@@ -3,7 +3,7 @@
 Medians of calls in alternation, and the temporary memory of the compiled program. "reference" is
 `jax.lax.scan` token by token, "associative" is `jax.lax.associative_scan` and runs, for its memory
 and compile time, on an eighth of the channels: its times and memory here are 8 times those
-measured. "packed" resets the state every 500 tokens on average. `ratio` is the time of the form
+measured. "packed" resets the state every 500 tokens. `ratio` is the time of the form
 over that of "xla" in the same rows, `per doubling` the time over that of half the length.
 """
 

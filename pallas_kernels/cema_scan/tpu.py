@@ -9,7 +9,7 @@ start it recomputes the states inside into VMEM, then runs the adjoint recurrenc
 backward over them, with the gradients of the coefficients summed in float32 in VMEM.
 
 The work is 12 N operations per token and channel forward and 33 N backward on the vector unit,
-against 2 to 4 elements of traffic: the kernels are bound by arithmetic (megalodon's own count).
+against 2 to 4 elements of traffic: the kernels are bound by arithmetic.
 """
 
 import functools
