@@ -1,10 +1,11 @@
 """The patch operations beside their dense-mask forms, on this machine.
 
 Forward plus gradients, float32, one row, patches of 4 bytes, width 128 (4 heads of 32, 2 vectors
-per patch). Medians of calls in alternation. The dense forms are products with the whole [P, T] mask
+per patch). Medians of calls. The dense forms are products with the whole [P, T] mask
 (means) and softmax over it (attention); they are run at one size, and there is none for maxima,
-which would take [P, T, D]. `ratio` is dense over fast; `per doubling` the time over that of half
-the bytes.
+which would take [P, T, D]. `ms` and `per doubling`, the time over that of half the bytes, are timed
+alone, without the dense form and its large arrays in between; `ratio` is dense over fast with
+calls of both in alternation.
 """
 
 import functools
@@ -25,15 +26,15 @@ def rows() -> list[dict]:
     table, times = [], {}
     for num_bytes in NUM_BYTES:
         for name, (fast, dense, floats, ids) in cases(num_bytes).items():
-            runs = {"fast": timed(fast, floats, ids)}
-            if dense is not None and num_bytes == DENSE_BYTES:
-                runs["dense"] = timed(dense, floats, ids)
-            found = times[name, num_bytes] = medians(runs, limit=5.0)
-            row = {"operation": name, "bytes": num_bytes, "ms": found["fast"]}
-            if "dense" in found:
-                row |= {"dense ms": found["dense"], "ratio": found["dense"] / found["fast"]}
+            run = timed(fast, floats, ids)
+            found = times[name, num_bytes] = medians({"fast": run}, alternations=15)["fast"]
+            row = {"operation": name, "bytes": num_bytes, "ms": found}
             if (name, num_bytes // 2) in times:
-                row["per doubling"] = found["fast"] / times[name, num_bytes // 2]["fast"]
+                row["per doubling"] = found / times[name, num_bytes // 2]
+            if dense is not None and num_bytes == DENSE_BYTES:
+                beside = medians({"fast": run, "dense": timed(dense, floats, ids)}, limit=5.0)
+                row |= {"ms beside dense": beside["fast"], "dense ms": beside["dense"]}
+                row["ratio"] = beside["dense"] / beside["fast"]
             table.append(row)
     return table
 
