@@ -1,5 +1,6 @@
 """Settings of every test: strict promotion, eight CPU devices, shape checks, warnings as errors."""
 
+import gc
 import os
 
 # libtpu may be installed: say "cpu" before jax is imported anywhere.
@@ -9,6 +10,7 @@ import pathlib
 import tempfile
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,6 +33,16 @@ def _compilation_cache_dir() -> str:
 
 jax.config.update("jax_compilation_cache_dir", _compilation_cache_dir())
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs of a file are dropped after it: thousands of them in one process reach
+    the number of memory mappings that Linux allows (65,530), and the next compile aborts."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 OWN_PACKAGES = r"(blt_jax|pallas_kernels)(\.|$)"
 
