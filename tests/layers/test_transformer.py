@@ -118,7 +118,7 @@ def test_depth_scaling_divides_each_layer():
 
 def test_key_values_are_stacked_on_layers():
     module, params = init(CONFIG)
-    _, key_values = module.apply({"params": params}, *INPUTS, None, True)
+    _, key_values = module.apply({"params": params}, *INPUTS, True)
     assert key_values.key.shape == key_values.value.shape == (3, 2, 6, 2, 4)
 
 
