@@ -30,3 +30,15 @@ def medians(
             jax.block_until_ready(run())
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(of_name) for name, of_name in times.items()}
+
+
+def with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled call (floats, *others) of function(*floats, *others): its result, and its
+    gradients by the floats at that result."""
+
+    @jax.jit
+    def run(floats, *others):
+        out, vjp = jax.vjp(lambda *x: function(*x, *others), *floats)
+        return out, vjp(out)
+
+    return run

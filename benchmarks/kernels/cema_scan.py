@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from benchmarks.kernels import medians
+from benchmarks.kernels import medians, with_gradients
 from pallas_kernels.cema_scan.shapes import Shape, make_arguments
 
 LENGTH, WIDTH, SIZE = 2048, 1024, 16
@@ -83,11 +83,7 @@ def compiled(form, gradients, floats, reset):
     def value(x, coefficients, state, reset):
         return pallas_kernels.cema_scan(x, *coefficients, state, reset, implementation=form)
 
-    def value_and_gradients(x, coefficients, state, reset):
-        out, vjp = jax.vjp(lambda *floats: value(*floats, reset), x, coefficients, state)
-        return out, vjp(out)
-
-    function = jax.jit(value_and_gradients if gradients else value)
-    program = function.lower(*floats, reset).compile()
+    function = with_gradients(value) if gradients else jax.jit(lambda x, reset: value(*x, reset))
+    program = function.lower(floats, reset).compile()
     memory = program.memory_analysis().temp_size_in_bytes
-    return lambda: program(*floats, reset), memory
+    return lambda: program(floats, reset), memory

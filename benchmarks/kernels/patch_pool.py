@@ -10,12 +10,11 @@ calls of both in alternation.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from benchmarks.kernels import medians
+from benchmarks.kernels import medians, with_gradients
 
 PATCH, HEADS, HEAD_DIM, NUM_VECTORS = 4, 4, 32, 2
 DENSE_BYTES = 8192
@@ -75,10 +74,5 @@ def cases(num_bytes: int) -> dict:
 
 def timed(function, floats, ids):
     """A call of the function and its gradients, compiled; the ids are an argument too."""
-
-    @jax.jit
-    def run(floats, ids):
-        out, vjp = jax.vjp(lambda *x: function(*x, ids), *floats)
-        return out, vjp(out)
-
+    run = with_gradients(function)
     return lambda: run(floats, ids)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from benchmarks.kernels import medians
+from benchmarks.kernels import medians, with_gradients
 from pallas_kernels.cema_scan import shapes as cema
 from pallas_kernels.grouped_matmul import shapes as grouped
 from pallas_kernels.patch_pool import shapes as patches
@@ -32,9 +32,8 @@ def rows() -> list[dict]:
     ]
     for shape in patches.TRAINING_SHAPES:
         for name, function, floats, ids in patch_cases(shape, scale):
-            call = with_gradients(lambda *x, f=function, ids=ids: f(*x, ids))
-            ms = medians({"ours": lambda c=call, x=floats: c(*x)})["ours"]
-            table.append(row(name, shape.name, ms, traffic(call, floats) / bandwidth))
+            seconds = traffic(function, floats, ids) / bandwidth
+            table.append(row(name, shape.name, timed(function, floats, ids), seconds))
     for shape in grouped.MODEL_SHAPES:
         table.append(grouped_row(shape, scale, rate))
     for name in ("megalodon_7b", "megalodon_7b_32k"):
@@ -61,24 +60,17 @@ def matmul_rate(size: int) -> float:
     return 2 * size**3 / (1e-3 * medians({"product": lambda: product(x)})["product"])
 
 
-def with_gradients(function):
-    """A compiled call of the function and its gradients at its own result."""
-
-    @jax.jit
-    def run(*floats):
-        out, vjp = jax.vjp(function, *floats)
-        return out, vjp(out)
-
-    return run
+def timed(function, floats, *others) -> float:
+    """Milliseconds of a call with gradients."""
+    call = with_gradients(function)
+    return medians({"ours": lambda: call(floats, *others)})["ours"]
 
 
-def traffic(call, floats) -> float:
-    """Bytes of the arguments, read by both passes, the results, and the gradients."""
-    results = jax.eval_shape(call, *floats)
-    return sum(
-        math.prod(x.shape) * x.dtype.itemsize
-        for x in [*floats, *floats, *jax.tree.leaves(results), *jax.tree.leaves(results[0])]
-    )
+def traffic(function, floats, *others) -> float:
+    """Bytes of the arguments, read by both passes, the result and its gradient, the gradients."""
+    out, gradients = jax.eval_shape(with_gradients(function), floats, *others)
+    arrays = [*floats, *floats, *gradients, out, out]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 def patch_cases(shape: patches.Shape, scale: int):
@@ -110,9 +102,9 @@ def grouped_row(shape: grouped.Shape, scale: int, rate: float) -> dict:
     arguments = grouped.make_arguments(shape)
     lhs, rhs = (jnp.asarray(x, jnp.bfloat16) for x in (arguments.lhs, arguments.rhs))
     sizes = jnp.asarray(arguments.group_sizes)
-    ours = with_gradients(lambda lhs, rhs: pallas_kernels.gmm(lhs, rhs, sizes))
-    ragged = with_gradients(lambda lhs, rhs: jax.lax.ragged_dot(lhs, rhs, sizes))
-    found = medians({"ours": lambda: ours(lhs, rhs), "ragged": lambda: ragged(lhs, rhs)})
+    ours, ragged = with_gradients(pallas_kernels.gmm), with_gradients(jax.lax.ragged_dot)
+    floats = (lhs, rhs)
+    found = medians({"ours": lambda: ours(floats, sizes), "ragged": lambda: ragged(floats, sizes)})
     seconds = 6 * shape.m * shape.k * shape.n / rate
     result = row("gmm", shape.name, found["ours"], seconds)
     return result | {"over ragged_dot": found["ragged"] / found["ours"]}
@@ -127,6 +119,6 @@ def cema_row(shape: cema.Shape, scale: int, bandwidth: float) -> dict:
     def scan(x, *coefficients):
         return pallas_kernels.cema_scan(x, *coefficients)[0]
 
-    call, floats = with_gradients(scan), [x, *coefficients]
-    ms = medians({"ours": lambda: call(*floats)})["ours"]
-    return row("cema_scan", shape.name, ms, traffic(call, floats) / bandwidth)
+    floats = (x, *coefficients)
+    seconds = traffic(scan, floats) / bandwidth
+    return row("cema_scan", shape.name, timed(scan, floats), seconds)

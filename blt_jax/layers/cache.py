@@ -127,9 +127,14 @@ class StepCache:
     def slots(self) -> int:
         return self.layers[0].slots
 
-    def next_slot(self, active=None) -> jax.Array:
-        """int32 [B]: where the next token goes; outside the cache for rows not `active` [B]."""
-        slot = self.lengths % self.slots
+    def lengths_of(self, rows=None) -> jax.Array:
+        """int32 [C]: the lengths of `rows` [C], of all rows if None."""
+        return self.lengths if rows is None else jnp.take(self.lengths, rows, mode="clip")
+
+    def next_slot(self, active=None, rows=None) -> jax.Array:
+        """int32 [C]: where the next token of `rows` [C] (None: all) goes; outside the cache for
+        those not `active` [C]."""
+        slot = self.lengths_of(rows) % self.slots
         return slot if active is None else jnp.where(active, slot, self.slots)
 
     def take_rows(self, indices) -> "StepCache":

@@ -173,9 +173,8 @@ def transformer_step(
     beyond the cache must not be active.
     """
     active = jnp.ones(x.shape[:1], bool) if active is None else active
-    before = cache.lengths if rows is None else jnp.take(cache.lengths, rows, mode="clip")
-    rope = step_rope(config, before)
-    slot = jnp.where(active, before % cache.slots, cache.slots)
+    before = cache.lengths_of(rows)
+    rope, slot = step_rope(config, before), cache.next_slot(active, rows)
     step = active.astype(jnp.int32)
     end, caches = jnp.clip(before + step, 1, cache.slots), []
     for weights, layer in zip(layers, cache.layers, strict=True):

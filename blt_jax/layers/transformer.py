@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -183,18 +183,26 @@ class Block(nn.Module):
         return x, key_values if self.emit_key_values else None
 
 
-def scan_blocks(block: type[nn.Module], config: TransformerConfig, num_broadcast: int):
-    """`block` lifted over config.num_layers layers: carry x, then the layer index, then
-    `num_broadcast` arguments shared by all layers. Parameters are stacked on a leading axis
-    whether or not the scan is unrolled."""
+def scan_blocks(
+    block: type[nn.Module],
+    config: TransformerConfig,
+    num_broadcast: int,
+    num_scanned: int = 1,
+    length: int | None = None,
+):
+    """`block` lifted over `length` layers, config.num_layers if None: carry x, then `num_scanned`
+    arguments with the layers as leading axis (the layer index first), then `num_broadcast`
+    arguments shared by all layers. Parameters are stacked on a leading axis whether or not the
+    scan is unrolled."""
+    length = config.num_layers if length is None else length
     return nn.scan(
         config.remat.wrap(block),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0,) + (nn.broadcast,) * num_broadcast,
+        in_axes=(0,) * num_scanned + (nn.broadcast,) * num_broadcast,
         out_axes=0,
-        length=config.num_layers,
-        unroll=1 if config.scan_layers else config.num_layers,
+        length=length,
+        unroll=1 if config.scan_layers else length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
@@ -204,6 +212,7 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     sharding: ShardingRules
+    block: ClassVar[type[nn.Module]] = Block
 
     @nn.compact
     def __call__(
@@ -212,12 +221,13 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         emit_key_values: bool = False,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
-        """The hidden states and, if asked for (prefill), the keys and values of all layers.
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The hidden states and what the blocks return beside them: the KeyValues of all layers if
+        asked for (prefill), else None.
 
         One token at a time goes through `layers.step`.
         """
-        stack = scan_blocks(Block, self.config, 2)(
+        stack = scan_blocks(self.block, self.config, 2)(
             self.config, self.sharding, emit_key_values, name="layers"
         )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)

@@ -281,20 +281,6 @@ class CrossAttention(nn.Module):
         return project(attend(q, *key_values), wo, num_input_axes=2)
 
 
-def _scan_layers(layer: type[nn.Module], config: TransformerConfig, length: int, broadcast: int):
-    """`layer` over a leading axis of its second and third argument, carrying the first."""
-    return nn.scan(
-        config.remat.wrap(layer),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, 0) + (nn.broadcast,) * broadcast,
-        out_axes=0,
-        length=length,
-        unroll=1 if config.scan_layers else length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-
-
 class EncoderCrossLayer(nn.Module):
     """Patches attend to their bytes (section 3.2.2)."""
 
@@ -356,10 +342,9 @@ class PatchEncoder(nn.Module):
         patches = project(pool(states[0], ids, P, config), kernel)
         patches = patches.reshape(B, P, config.cross_attn_k, D)
         if config.num_encoder_cross_layers:
-            stack = _scan_layers(
-                EncoderCrossLayer, config.local_encoder, config.num_encoder_cross_layers, 4
-            )(config, name="layers")
-            layers = jnp.arange(config.num_encoder_cross_layers, dtype=jnp.int32)
+            length = config.num_encoder_cross_layers
+            stack = scan_blocks(EncoderCrossLayer, config.local_encoder, 4, 2, length)
+            stack, layers = stack(config, name="layers"), jnp.arange(length, dtype=jnp.int32)
             patches, _ = stack(patches, layers, states, kernel, ids, segment_ids, patch_segment_ids)
         patches = patches.reshape(B, P, config.patch_width)
         return constrain(patches, ("batch", "patches", "embed_act"), self.sharding)
@@ -441,21 +426,10 @@ class RecordingBlock(Block):
         return x, (key_values, x)
 
 
-class RecordingTransformer(nn.Module):
-    """`Transformer` that also returns the output of every layer, [L, B, N, D]."""
+class RecordingTransformer(Transformer):
+    """`Transformer` that returns the KeyValues and the output of every layer, [L, B, N, D]."""
 
-    config: TransformerConfig
-    sharding: ShardingRules
-
-    @nn.compact
-    def __call__(self, x, positions, segment_ids, emit_key_values=False):
-        stack = scan_blocks(RecordingBlock, self.config, 2)(
-            self.config, self.sharding, emit_key_values, name="layers"
-        )
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        rope = rope_table(positions, self.config.rope, self.config.head_width)
-        x, (key_values, states) = stack(x, layers, rope, segment_ids)
-        return x, key_values, states
+    block = RecordingBlock
 
 
 # ------------------------------------------------------------------------------------ model
@@ -570,7 +544,17 @@ class BLT(Model):
         # Padding never indexes a table, whatever id the data gave it.
         tokens = jnp.where(segment_ids > 0, tokens, 0)
         layout = patch_layout(starts, segment_ids, self.config.max_patches or tokens.shape[1])
+        return self.with_layout(tokens, layout, segment_ids, positions, emit_key_values)
 
+    def with_layout(
+        self,
+        tokens: Int[Array, "B N"],
+        layout: PatchLayout,
+        segment_ids: Int[Array, "B N"],
+        positions: Int[Array, "B N"],
+        emit_key_values: bool = False,
+    ) -> BLTOutput:
+        """As a call, with the patches laid out already and no default left."""
         x = self.embed_bytes(tokens, self.history(positions))
         encoded = self.encode(x, positions, segment_ids, emit_key_values)
         patches = self.pool_patches(
@@ -617,7 +601,7 @@ class BLT(Model):
         with jax.named_scope("local_encoder"):
             arguments = (x, positions, segment_ids, emit_key_values)
             if self._records:
-                hidden, key_values, states = self.local_encoder(*arguments)
+                hidden, (key_values, states) = self.local_encoder(*arguments)
                 if config.kv_from is KeyValueSource.INPUT:
                     states = jnp.concatenate([x[None], states[:-1]])
                 states = states[-config.num_encoder_cross_layers :]

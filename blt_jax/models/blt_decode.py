@@ -18,7 +18,6 @@ Axes as in blt.py; R slots for the bytes of the open patch.
 
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from blt_jax.layers.cache import LayerCache, StepCache
 from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt_patching
-from blt_jax.models.blt import BLT, patch_layout
+from blt_jax.models.blt import BLT, BLTAux, patch_layout
 from blt_jax.models.blt_config import (
     BLTConfig,
     DecoderCrossAttention,
@@ -633,23 +632,23 @@ def _prefill(decoder: BLTDecoder, tokens, lengths):
         entropy, state, predictions = _entropy_prefill(decoder, tokens, segment_ids, lengths)
     starts = decoder.patcher.starts(tokens, document, entropies=entropy, predictions=predictions)
     layout = patch_layout(starts, segment_ids, decoder.most_patches(T))
-    parts = nn.apply(_forward, decoder.model)(
-        {"params": decoder.params}, tokens, segment_ids, layout
-    )
+    positions = blt_patching.document_positions(segment_ids)
+    arguments = (tokens, layout, segment_ids, positions, True)
+    out = decoder.model.apply({"params": decoder.params}, *arguments, method="with_layout")
 
-    last = (lengths - 1)[:, None]
-    logits = jnp.take_along_axis(parts["logits"], last[..., None], axis=1)[:, 0]
+    last, key_values = (lengths - 1)[:, None], out.aux.key_values
+    logits = jnp.take_along_axis(out.logits, last[..., None], axis=1)[:, 0]
     patch_of_next = jnp.take_along_axis(
         blt_patching.patch_ids(starts), lengths[:, None], axis=1
     )  # = complete patches
     closed = patch_of_next[:, 0]
-    patch, context = _prefill_patch(decoder, parts, layout, closed, lengths)
+    patch, context = _prefill_patch(decoder, out.aux, closed, lengths)
     cache = BLTCache(
         tokens=_last_tokens(tokens, lengths),
-        encoder=_byte_cache(config.local_encoder, parts["encoder"], lengths, decoder.capacity),
-        decoder=_byte_cache(config.local_decoder, parts["decoder"], lengths, decoder.capacity),
+        encoder=_byte_cache(config.local_encoder, key_values.encoder, lengths, decoder.capacity),
+        decoder=_byte_cache(config.local_decoder, key_values.decoder, lengths, decoder.capacity),
         latent=_byte_cache(
-            config.latent, parts["latent"], closed, decoder.most_patches(decoder.capacity)
+            config.latent, key_values.latent, closed, decoder.most_patches(decoder.capacity)
         ),
         patch=patch,
         entropy=None if entropy is None else state,
@@ -657,28 +656,6 @@ def _prefill(decoder: BLTDecoder, tokens, lengths):
         latent_runs=jnp.zeros_like(lengths) + closed,
     )
     return logits, cache
-
-
-def _forward(model: BLT, tokens, segment_ids, layout):
-    """BLT.__call__ with the states that generation goes on from."""
-    positions = blt_patching.document_positions(segment_ids)
-    x = model.embed_bytes(tokens, model.history(positions))
-    encoded = model.encode(x, positions, segment_ids, True)
-    patches = model.pool_patches(
-        encoded.states, layout.encoder_ids, segment_ids, layout.segment_ids
-    )
-    latent, latent_kv = model.latent(patches, layout.positions, layout.segment_ids, True)
-    context = model.context(latent)
-    ids = (layout.decoder_ids, segment_ids, layout.segment_ids)
-    logits, _, decoder_kv = model.decode(encoded.hidden, context, ids, positions, True)
-    return {
-        "states": encoded.states,
-        "encoder": encoded.key_values,
-        "latent": latent_kv,
-        "context": context,
-        "decoder": decoder_kv,
-        "logits": logits,
-    }
 
 
 def _byte_cache(stack: TransformerConfig, key_values, lengths, capacity, first=None) -> StepCache:
@@ -711,10 +688,10 @@ def _entropy_prefill(decoder: BLTDecoder, tokens, segment_ids, lengths):
     return out.aux, EntropyState(cache=cache, entropy=entropy), predictions
 
 
-def _prefill_patch(decoder: BLTDecoder, parts, layout, closed, lengths):
+def _prefill_patch(decoder: BLTDecoder, aux: BLTAux, closed, lengths):
     """The open patch after the prompts, and the context of the last complete patches."""
     config, W = decoder.config, decoder.config.patch_window
-    states, ids = parts["states"], layout.encoder_ids
+    states, ids = aux.encoder_states, aux.layout.encoder_ids
     own = ids == closed[:, None]
     length = jnp.sum(own, axis=1, dtype=jnp.int32)
     only = jnp.where(own, 0, -1)
@@ -743,8 +720,8 @@ def _prefill_patch(decoder: BLTDecoder, parts, layout, closed, lengths):
         caches.append(LayerCache.from_rows(key, value, first, lengths, slots, key.dtype))
 
     index = closed[:, None] - jnp.arange(W, 0, -1, dtype=jnp.int32)[None, :]
-    index = jnp.maximum(index, 0)[:, :, None, None]
-    context = jnp.take_along_axis(parts["context"], index, axis=1)
+    latent = jnp.take_along_axis(aux.latent, jnp.maximum(index, 0)[:, :, None], axis=1)
+    context = decoder.model.apply({"params": decoder.params}, latent, method="context")
     if config.decoder_cross_attention is DecoderCrossAttention.NONE:
         context = context[:, -1, 0]
     else:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import floating, of_shape
 from pallas_kernels.cema_scan import associative, fft, reference, vjp
 from pallas_kernels.cema_scan.reference import Coefficients
 
@@ -75,25 +76,17 @@ def cema_scan(
         reset = jnp.asarray(reset)
         if reset.dtype != jnp.bool_:
             raise TypeError(f"reset has dtype {reset.dtype}; bool is needed")
-        if reset.shape != (rows, length):
-            raise ValueError(f"reset has shape {reset.shape}; {(rows, length)} is needed")
+        of_shape("reset", reset, (rows, length))
     form = dispatch.choose("cema_scan", implementation, FORMS)
     return form(x, coefficients, state, reset)
 
 
 def _floating(name: str, x: ArrayLike, rank: int) -> jax.Array:
-    x = jnp.asarray(x)
+    x = floating(name, x, rank)
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
         raise TypeError(f"{name} has dtype {x.dtype}; float32, bfloat16 or float64 is needed")
-    if x.ndim != rank:
-        raise ValueError(f"{name} has shape {x.shape}; {rank} axes are needed")
-    if 0 in x.shape:
-        raise ValueError(f"{name} has shape {x.shape}; every axis must be at least 1")
     return x
 
 
 def _shaped(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    x = _floating(name, x, len(shape))
-    if x.shape != shape:
-        raise ValueError(f"{name} has shape {x.shape}; {shape} is needed")
-    return x.astype(dtype)
+    return of_shape(name, _floating(name, x, len(shape)), shape).astype(dtype)

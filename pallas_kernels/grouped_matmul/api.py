@@ -12,13 +12,12 @@ Sums are taken in float32 (float64 for float64). Differentiable in every floatin
 reverse mode, to any order.
 """
 
-import operator
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import floating, integers, whole
 from pallas_kernels.grouped_matmul import metadata as metadata_lib
 from pallas_kernels.grouped_matmul import vjp
 from pallas_kernels.grouped_matmul.forms import FORMS
@@ -85,8 +84,8 @@ def gmm(
     implementation: None, "reference", "xla", "tpu", "gpu", "interpret" (the TPU kernel in Pallas'
         interpreter), "interpret_gpu" (the Triton kernel there) or "ragged_dot".
     """
-    lhs = _floating("lhs", lhs, 2)
-    rhs = _floating("rhs", rhs, 3)
+    lhs = floating("lhs", lhs, 2)
+    rhs = floating("rhs", rhs, 3)
     _same_dtype("rhs", rhs, lhs)
     contracted = rhs.shape[2 if transpose_rhs else 1]
     if contracted != lhs.shape[1]:
@@ -129,8 +128,8 @@ def tgmm(
     num_local_groups: g, all groups if None. tiling: rows of a tile, columns of lhs and of dout.
     The other arguments are those of `gmm`.
     """
-    lhs = _floating("lhs", lhs, 2)
-    dout = _floating("dout", dout, 2)
+    lhs = floating("lhs", lhs, 2)
+    dout = floating("dout", dout, 2)
     _same_dtype("dout", dout, lhs)
     if dout.shape[0] != lhs.shape[0]:
         raise ValueError(
@@ -186,21 +185,8 @@ def _result_dtype(preferred, lhs: jax.Array):
     return dtype
 
 
-def _floating(name: str, x: ArrayLike, rank: int) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} has dtype {x.dtype}; a floating-point dtype is needed")
-    if x.ndim != rank:
-        raise ValueError(f"{name} has shape {x.shape}; {rank} axes are needed")
-    if 0 in x.shape:
-        raise ValueError(f"{name} has shape {x.shape}; every axis must be at least 1")
-    return x
-
-
 def _integers(name: str, x: ArrayLike, rank: int) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {x.dtype}; an integer dtype is needed")
+    x = integers(name, x)
     if x.ndim != rank or 0 in x.shape:
         needed = "a scalar" if rank == 0 else f"{rank} axis of at least 1"
         raise ValueError(f"{name} has shape {x.shape}; {needed} is needed")
@@ -213,10 +199,7 @@ def _same_dtype(name: str, x: jax.Array, lhs: jax.Array) -> None:
 
 
 def _within(name: str, value, low: int, high: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name}={value!r} must be an integer") from error
+    value = whole(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name}={value} must be from {low} to {high}")
     return value

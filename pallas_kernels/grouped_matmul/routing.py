@@ -3,7 +3,6 @@
 Axis letters: T tokens, K experts per token, E experts, D width; rows = T * K.
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pallas_kernels.arguments import integers, whole
 from pallas_kernels.grouped_matmul.reference import accumulator
 
 
@@ -30,12 +30,10 @@ def sort_by_expert(expert_ids: ArrayLike, num_experts: int) -> Routing:
 
     Ids outside 0 .. num_experts - 1 mark dropped choices: their rows come last, in no group.
     """
-    expert_ids = jnp.asarray(expert_ids)
-    if not jnp.issubdtype(expert_ids.dtype, jnp.integer):
-        raise TypeError(f"expert_ids has dtype {expert_ids.dtype}; an integer dtype is needed")
+    expert_ids = integers("expert_ids", expert_ids)
     if expert_ids.ndim != 2 or 0 in expert_ids.shape:
         raise ValueError(f"expert_ids has shape {expert_ids.shape}; [T, K] of at least 1 is needed")
-    num_experts = operator.index(num_experts)
+    num_experts = whole("num_experts", num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts} must be at least 1")
     ids = expert_ids.astype(jnp.int32).reshape(-1)

@@ -14,13 +14,13 @@ dtypes they raise NotImplementedError, and None takes the portable form.
 
 import functools
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import floating, integers, of_shape, whole
 from pallas_kernels.patch_pool import reference, vjp
 
 MODES = ("max", "mean", "sum", "min")
@@ -39,7 +39,7 @@ def patch_pool(
     share its gradient equally, as in `jax.ops.segment_max`.
     implementation: see the module.
     """
-    x = _floating("x", x, 3)
+    x = floating("x", x, 3)
     patch_ids = _integers("patch_ids", patch_ids, x.shape[:2])
     num_patches = _positive("num_patches", num_patches)
     if mode not in MODES:
@@ -66,7 +66,7 @@ def patch_attention(
     own segment are seen. `scale` multiplies the scores, K**-0.5 if None. Softmax in float32.
     implementation: see the module.
     """
-    q, key = _floating("q", q, 5), _floating("key", key, 4)
+    q, key = floating("q", q, 5), floating("key", key, 4)
     arguments = _attention_arguments(
         (q, key, value),
         (q.shape[0], key.shape[1], *q.shape[3:]),
@@ -97,7 +97,7 @@ def patch_gather_attention(
     segment are seen. `scale` multiplies the scores, K**-0.5 if None. Softmax in float32.
     implementation: see the module.
     """
-    q, key = _floating("q", q, 4), _floating("key", key, 5)
+    q, key = floating("q", q, 4), floating("key", key, 5)
     arguments = _attention_arguments(
         (q, key, value),
         (q.shape[0], *key.shape[1:3], *q.shape[2:]),
@@ -123,7 +123,7 @@ def _attention_arguments(arrays, key_shape, ids, sizes, scale, window):
     q, key, value = arrays
     num_bytes, num_patches = sizes
     rows = q.shape[0]
-    value = _floating("value", value, key.ndim)
+    value = floating("value", value, key.ndim)
     _same("key", key, key_shape, q)
     _same("value", value, key_shape, q)
     patch_ids, segment_ids, patch_segment_ids = ids
@@ -140,38 +140,18 @@ def _attention_arguments(arrays, key_shape, ids, sizes, scale, window):
     return q, key, value, patch_ids, segment_ids, patch_segment_ids, scale, window
 
 
-def _floating(name: str, x: ArrayLike, rank: int) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} has dtype {x.dtype}; a floating-point dtype is needed")
-    if x.ndim != rank:
-        raise ValueError(f"{name} has shape {x.shape}; {rank} axes are needed")
-    if 0 in x.shape:
-        raise ValueError(f"{name} has shape {x.shape}; every axis must be at least 1")
-    return x
-
-
 def _integers(name: str, x: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {x.dtype}; an integer dtype is needed")
-    if x.shape != shape:
-        raise ValueError(f"{name} has shape {x.shape}; {shape} is needed")
-    return x.astype(jnp.int32)
+    return of_shape(name, integers(name, x), shape).astype(jnp.int32)
 
 
 def _same(name: str, x: jax.Array, shape: tuple[int, ...], q: jax.Array) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name} has shape {x.shape}; {shape} is needed beside q {q.shape}")
+    of_shape(name, x, shape, f" beside q {q.shape}")
     if x.dtype != q.dtype:
         raise TypeError(f"{name} has dtype {x.dtype}; q's dtype {q.dtype} is needed")
 
 
 def _positive(name: str, value) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name}={value!r} must be an integer") from error
+    value = whole(name, value)
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
     return value

@@ -66,7 +66,6 @@ def _no_promotion_checks():
 
 @pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=lambda shape: shape.name)
 def test_compiles_for_tpu_v5p(shape):
-    pytest.importorskip("libtpu")
     compiled = evidence.compile_for_tpu(*forward_and_backward(shape, "tpu"))
     assert compiled.cost_analysis()["flops"] > 0
 
@@ -74,21 +73,18 @@ def test_compiles_for_tpu_v5p(shape):
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize("name", ["moma_1b4", "mixtral_8x7b_decode", "fine_grained"])
 def test_compiles_for_other_tpus(chip, name):
-    pytest.importorskip("libtpu")
     arguments = forward_and_backward(BY_NAME[name], "tpu")
     compiled = evidence.compile_for_tpu(*arguments, evidence.TOPOLOGIES[chip])
     assert compiled.cost_analysis()["flops"] > 0
 
 
 def test_default_compiles_to_the_kernels_on_tpu():
-    pytest.importorskip("libtpu")
     text = evidence.compile_for_tpu(*forward_and_backward(SHAPES[0], None)).as_text()
     assert text.count("tpu_custom_call") >= 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_fused_swiglu_compiles_for_tpu(dtype):
-    pytest.importorskip("libtpu")
     run, arguments = swiglu(2048, 1024, 2048, 4, "tpu", dtype)
     evidence.compile_for_tpu(run, arguments)
     sizes = jnp.asarray(draw_sizes(BY_NAME["moma_1b4"].sizes, 2048, 4))

@@ -1,0 +1,46 @@
+"""Checks of arguments that the operations share: each names the argument, its value and what is
+allowed."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def floating(name: str, x: ArrayLike, rank: int) -> jax.Array:
+    """x as an array of `rank` axes, none of them empty.
+
+    Raises TypeError for another than a floating-point dtype, ValueError for another shape.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {x.dtype}; a floating-point dtype is needed")
+    if x.ndim != rank:
+        raise ValueError(f"{name} has shape {x.shape}; {rank} axes are needed")
+    if 0 in x.shape:
+        raise ValueError(f"{name} has shape {x.shape}; every axis must be at least 1")
+    return x
+
+
+def integers(name: str, x: ArrayLike) -> jax.Array:
+    """x as an array. Raises TypeError for another than an integer dtype."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {x.dtype}; an integer dtype is needed")
+    return x
+
+
+def of_shape(name: str, x: jax.Array, shape: tuple[int, ...], beside: str = "") -> jax.Array:
+    """x. Raises ValueError for another shape; `beside` says what the shape follows from."""
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {x.shape}; {shape} is needed{beside}")
+    return x
+
+
+def whole(name: str, value) -> int:
+    """value as an int. Raises TypeError for what is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name}={value!r} must be an integer") from error
