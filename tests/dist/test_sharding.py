@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +116,7 @@ def test_rule_with_an_axis_twice_in_a_parameter(mesh, model):
     [
         (MeshConfig(), (8, 1, 1, 1, 1)),
         (MeshConfig(fsdp=4), (2, 4, 1, 1, 1)),
-        (MeshConfig(data=1, fsdp=0, tensor=2), (1, 4, 2, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 2, 1, 1)),
         (MeshConfig(data=1, expert=2, context=4), (1, 1, 1, 2, 4)),
     ],
 )
@@ -124,11 +126,33 @@ def test_mesh_shapes(config, shape):
 
 
 def test_bad_meshes():
-    with pytest.raises(ValueError, match=r"MeshConfig\.tensor=-1: must be >= 0"):
-        MeshConfig(tensor=-1)
-    with pytest.raises(ValueError, match="at most one axis may be 0"):
-        MeshConfig(data=0, fsdp=0)
+    with pytest.raises(ValueError, match=r"MeshConfig\.tensor=0: must be >= 1, or -1"):
+        MeshConfig(tensor=0)
+    with pytest.raises(ValueError, match="at most one axis may be -1"):
+        MeshConfig(data=-1, fsdp=-1)
     with pytest.raises(ValueError, match="8 devices cannot be divided by 3"):
         make_mesh(MeshConfig(tensor=3))
     with pytest.raises(ValueError, match="needs 4 devices, but there are 8"):
         make_mesh(MeshConfig(data=2, tensor=2))
+    with pytest.raises(ValueError, match=r"MeshConfig.slices=3: the 8 devices are in 1 slices"):
+        make_mesh(MeshConfig(slices=3))
+
+
+class _Device(NamedTuple):
+    """What the mesh maker reads of a device of a GPU host or of a TPU slice."""
+
+    id: int
+    process_index: int
+    device_kind: str = "cpu"
+    platform: str = "cpu"
+
+
+def test_slices_divide_the_data_axis():
+    devices = [_Device(i, i // 4) for i in (5, 0, 7, 1, 2, 6, 3, 4)]
+    mesh = make_mesh(MeshConfig(fsdp=2, slices=2), devices)
+    assert mesh.devices.shape == (4, 2, 1, 1, 1)
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    assert (hosts[:2] == 0).all() and (hosts[2:] == 1).all()
+    assert len({device.id for device in mesh.devices.flat}) == 8
+    with pytest.raises(ValueError, match="data=1 cannot be divided over 2 slices"):
+        make_mesh(MeshConfig(data=1, fsdp=8, slices=2), devices)
