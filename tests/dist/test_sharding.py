@@ -1,4 +1,4 @@
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,8 @@ def test_bad_meshes():
         make_mesh(MeshConfig(slices=3))
 
 
-class _Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Device:
     """What the mesh maker reads of a device of a GPU host or of a TPU slice."""
 
     id: int
