@@ -40,26 +40,38 @@ TILE = 512
 
 def block_attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
     segment_ids: Int[Array, "B T"],
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    first: int | Int[Array, ""] = 0,
     *,
     window: int,
     scale: float,
 ) -> Float[Array, "B T H K"]:
     """Causal attention inside documents and `window` (0: none), differentiable once in reverse.
 
-    The form follows from the shapes: a window is read in one slice of keys per query block,
+    Query t stands at index first + t of the keys; without key_segment_ids these are the queries'
+    own. The form follows from the shapes: a window is read in one slice of keys per query block,
     without a window each query block takes exactly the keys before it, and long rows are cut
     into tiles met one after the other.
     """
-    B, T, H, _ = q.shape
-    plan = make_plan(T, window, B * H)
-    padding = 0 if plan.form == "triangle" else -T % plan.block
-    if padding:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    return _attention(q, k, v, segment_ids, plan, scale)[:, :T]
+    (B, T, H, _), S = q.shape, k.shape[1]
+    own_keys = key_segment_ids is None
+    key_segment_ids = segment_ids if own_keys else key_segment_ids
+    plan = make_plan(T, window, B * H, own_keys)
+    if plan.form != "triangle":
+        padding = -T % plan.block
+        # The last block of queries reads as many keys as the first, whatever `first` is.
+        key_padding = padding if own_keys else padding + -(S + padding) % plan.block
+        q, segment_ids = _pad_end(q, padding), _pad_end(segment_ids, padding)
+        k, v, key_segment_ids = (_pad_end(x, key_padding) for x in (k, v, key_segment_ids))
+    first = jnp.asarray(first, jnp.int32)
+    return _attention(q, k, v, segment_ids, key_segment_ids, first, plan, scale)[:, :T]
+
+
+def _pad_end(x, size):
+    return jnp.pad(x, [(0, 0), (0, size)] + [(0, 0)] * (x.ndim - 2)) if size else x
 
 
 class Plan(NamedTuple):
@@ -70,12 +82,15 @@ class Plan(NamedTuple):
     window: int
 
 
-def make_plan(length: int, window: int, num_heads: int) -> Plan:
-    """The form for rows of `length`; num_heads are those of all rows together."""
-    if window >= length:
+def make_plan(length: int, window: int, num_heads: int, own_keys: bool = True) -> Plan:
+    """The form for `length` queries; num_heads are those of all rows together. own_keys: keys and
+    queries are the same tokens."""
+    if window >= length and own_keys:
         window = 0
     if 0 < window <= MAX_WINDOW:
         return Plan("window", WINDOW_BLOCK, window)
+    if not own_keys:
+        return Plan("tiles", min(TILE, length), window)
     if not window:
         for longest, block in TRIANGLE_BLOCKS:
             if length <= longest and num_heads * length * block <= MAX_TRIANGLE_SCORES:
@@ -83,24 +98,25 @@ def make_plan(length: int, window: int, num_heads: int) -> Plan:
     return Plan("tiles", TILE, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, segment_ids, plan, scale):
-    return _attention_forward(q, k, v, segment_ids, plan, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(q, k, v, segment_ids, key_segment_ids, first, plan, scale):
+    return _attention_forward(q, k, v, segment_ids, key_segment_ids, first, plan, scale)[0]
 
 
-def _attention_forward(q, k, v, segment_ids, plan, scale):
+def _attention_forward(q, k, v, segment_ids, key_segment_ids, first, plan, scale):
     (B, T, H, K), G = q.shape, k.shape[2]
     reach = _reach(plan)
     # Tied to q: masks alone do not change from layer to layer, and jax would compute those of
     # all blocks ahead of a scan over layers and store them.
-    q, segment_ids = lax.optimization_barrier((q, segment_ids))
+    q, segment_ids, key_segment_ids = lax.optimization_barrier((q, segment_ids, key_segment_ids))
     q_BTGRK = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(B, T, G, H // G, K)
     inputs = _Inputs(
         jnp.transpose(q_BTGRK, (0, 2, 3, 1, 4)),
         _pad_front(jnp.swapaxes(k, 1, 2), reach, 2),
         _pad_front(jnp.swapaxes(v, 1, 2), reach, 2),
         jnp.where(segment_ids > 0, segment_ids, -1),
-        _pad_front(segment_ids, reach, 1),
+        _pad_front(key_segment_ids, reach, 1),
+        first,
     )
     forward = {"window": _window_forward, "triangle": _triangle_forward, "tiles": _tiles_forward}
     out_BGRTK, lse_BGRT = forward[plan.form](inputs, plan)
@@ -128,7 +144,7 @@ def _attention_backward(plan, scale, residuals, g):
     reach, dtype = _reach(plan), inputs.k_BGSK.dtype
     d_k, d_v = (jnp.swapaxes(x[:, :, reach:], 1, 2).astype(dtype) for x in (d_k_BGSK, d_v_BGSK))
     d_q = jnp.transpose(d_q_BGRTK, (0, 3, 1, 2, 4)).reshape(g.shape)
-    return (d_q * scale).astype(dtype), d_k, d_v, None
+    return (d_q * scale).astype(dtype), d_k, d_v, None, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -137,7 +153,8 @@ _attention.defvjp(_attention_forward, _attention_backward)
 class _Inputs(NamedTuple):
     """Scaled queries, and keys with those that nobody sees in front.
 
-    Padding has the segment -1 among the queries and 0 among the keys, so it meets nothing.
+    Padding has the segment -1 among the queries and 0 among the keys, so it meets nothing. `first`
+    is the index of the first query among the keys.
     """
 
     q_BGRTK: jax.Array
@@ -145,6 +162,7 @@ class _Inputs(NamedTuple):
     v_BGSK: jax.Array
     query_segments_BT: jax.Array
     key_segments_BS: jax.Array
+    first: jax.Array
 
     def queries(self, start, size):
         return self._replace(
@@ -285,7 +303,8 @@ def _window_forward(inputs: _Inputs, plan: Plan):
     reach = _reach(plan)
 
     def block(_, start):
-        here = inputs.queries(start, plan.block).keys(start, reach + plan.block)
+        here = inputs.queries(start, plan.block)
+        here = here.keys(here.first + start, reach + plan.block)
         return None, _finish(_block_forward(here, reach, plan.window), here)
 
     _, (out, lse) = lax.scan(block, None, _starts(inputs, plan))
@@ -296,10 +315,12 @@ def _window_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
     reach = _reach(plan)
 
     def block(gradients, start):
-        here = inputs.queries(start, plan.block).keys(start, reach + plan.block)
+        here = inputs.queries(start, plan.block)
+        here = here.keys(here.first + start, reach + plan.block)
         there = cotangent.queries(start, plan.block)
         d_q, *new = _block_backward(here, there, reach, plan.window)
-        gradients = [_add_slice(x, y, start, 2) for x, y in zip(gradients, new, strict=True)]
+        at = here.first + start
+        gradients = [_add_slice(x, y, at, 2) for x, y in zip(gradients, new, strict=True)]
         return gradients, d_q
 
     zeros = [jnp.zeros(inputs.k_BGSK.shape, jnp.float32)] * 2
@@ -354,11 +375,13 @@ def _triangle_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
 # Long rows: tiles of queries and keys, as many as the mask needs.
 
 
-def _first_tile(index, plan: Plan):
-    """First tile of keys that a tile of queries may see."""
+def _key_tiles(inputs: _Inputs, index, plan: Plan):
+    """The tiles of keys that a tile of queries may see, from the first to before the last."""
+    begin = inputs.first + index * plan.block
+    last = (begin + 2 * plan.block - 1) // plan.block
     if not plan.window:
-        return jnp.zeros_like(index)
-    return jnp.maximum(index * plan.block - (plan.window - 1), 0) // plan.block
+        return jnp.zeros_like(last), last
+    return jnp.maximum(begin - (plan.window - 1), 0) // plan.block, last
 
 
 def _tiles_forward(inputs: _Inputs, plan: Plan):
@@ -367,7 +390,7 @@ def _tiles_forward(inputs: _Inputs, plan: Plan):
 
         def one(other, statistics):
             there = here.keys(other * plan.block, plan.block)
-            distance = (index - other) * plan.block
+            distance = here.first + (index - other) * plan.block
             return _combine(statistics, _block_forward(there, distance, plan.window))
 
         B, G, R, T, K = here.q_BGRTK.shape
@@ -376,7 +399,7 @@ def _tiles_forward(inputs: _Inputs, plan: Plan):
             jnp.zeros((B, G, R, T), jnp.float32),
             jnp.zeros((B, G, K, R, T), jnp.float32),
         )
-        statistics = lax.fori_loop(_first_tile(index, plan), index + 1, one, nothing)
+        statistics = lax.fori_loop(*_key_tiles(inputs, index, plan), one, nothing)
         return None, _finish(statistics, here)
 
     _, (out, lse) = lax.scan(tile, None, _starts(inputs, plan) // plan.block)
@@ -391,7 +414,7 @@ def _tiles_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
         def one(other, carry):
             d_q, d_k, d_v = carry
             start = other * plan.block
-            distance = (index - other) * plan.block
+            distance = here.first + (index - other) * plan.block
             new_d_q, new_d_k, new_d_v = _block_backward(
                 here.keys(start, plan.block), there, distance, plan.window
             )
@@ -400,7 +423,7 @@ def _tiles_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
 
         B, G, R, T, K = here.q_BGRTK.shape
         carry = (jnp.zeros((B, G, R, T, K), jnp.float32), *gradients)
-        d_q, *gradients = lax.fori_loop(_first_tile(index, plan), index + 1, one, carry)
+        d_q, *gradients = lax.fori_loop(*_key_tiles(inputs, index, plan), one, carry)
         return gradients, d_q
 
     zeros = [jnp.zeros(inputs.k_BGSK.shape, jnp.float32)] * 2

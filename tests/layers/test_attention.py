@@ -40,7 +40,9 @@ def blocks(plan):
         q_, k_, v_ = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segments = jnp.pad(segments, ((0, 0), (0, padding)))
         scale = q.shape[3] ** -0.5
-        return block_attention._attention(q_, k_, v_, segments, plan, scale)[:, : q.shape[1]]
+        first = jnp.int32(0)
+        out = block_attention._attention(q_, k_, v_, segments, segments, first, plan, scale)
+        return out[:, : q.shape[1]]
 
     return attend
 
@@ -262,3 +264,32 @@ def test_errors():
         attention.causal_attention(q, k, v, segments)
     with pytest.raises(ValueError, match="window=-1 must be at least 0"):
         attention.causal_attention(q[:, :, :2], k, v, segments, window=-1)
+
+
+@pytest.mark.parametrize(("window", "first"), [(0, 150), (0, 0), (40, 150), (40, 17), (1500, 150)])
+def test_queries_that_stand_later_than_the_first_key(window, first, monkeypatch):
+    monkeypatch.setattr(block_attention, "TILE", 64)
+    q, k, v, segments = make_arguments(300)
+    here = slice(first, first + 100)
+
+    def part(q, k, v, first):
+        out = block_attention.block_attention(
+            q[:, here], k, v, segments[:, here], segments, first, window=window, scale=0.5
+        )
+        return out
+
+    def whole(q, k, v, first):
+        del first
+        return attention.dense_causal_attention(q, k, v, segments, window=window, scale=0.5)[
+            :, here
+        ]
+
+    for traced in (False, True):
+        run = lambda attend, first: value_and_gradients(  # noqa: E731
+            lambda q, k, v, _: attend(q, k, v, first), q, k, v, None
+        )
+        if traced:
+            found = jax.jit(lambda first: run(part, first))(jnp.int32(first))
+        else:
+            found = run(part, first)
+        assert_close(found, run(whole, first))
