@@ -1,6 +1,9 @@
 """Logical axis names, the rules that map them to mesh axes, and sharded initialisation."""
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +20,8 @@ class ShardingRules:
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    length: tuple[str, ...] = ()
-    patches: tuple[str, ...] = ()
+    length: tuple[str, ...] = ("context",)
+    patches: tuple[str, ...] = ("context",)
     embed_act: tuple[str, ...] = ()
     heads_act: tuple[str, ...] = ("tensor",)
     mlp_act: tuple[str, ...] = ("tensor",)
@@ -68,6 +71,50 @@ def constrain(x: jax.Array, names: tuple[str | None, ...], rules: ShardingRules)
     spec = rules.spec(names)
     _check_divisible(x.shape, names, spec, dict(mesh.shape))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shard_by_names(
+    function: Callable[..., Any],
+    in_names: Sequence[tuple[str | None, ...]],
+    out_names: Any,
+    rules: ShardingRules,
+) -> Callable[..., Any]:
+    """`function` run by every device on its parts of the arguments, as their logical names say.
+
+    out_names: a tuple of names per result (or a pytree of such). Inside, no array is divided any
+    further, collectives name mesh axes (`axes_of`), and kernels may be called. Outside a mesh, and
+    inside another such function, it is `function` itself.
+    Raises ValueError if a dimension cannot be divided.
+    """
+
+    @functools.wraps(function)
+    def sharded(*arguments):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+            return function(*arguments)
+        in_specs = tuple(rules.spec(names) for names in in_names)
+        for x, names, spec in zip(arguments, in_names, in_specs, strict=True):
+            _check_divisible(x.shape, names, spec, dict(mesh.shape))
+        is_names = lambda node: isinstance(node, tuple) and not hasattr(node, "_fields")  # noqa: E731
+        out_specs = jax.tree.map(rules.spec, out_names, is_leaf=is_names)
+        # Kernels do not say over which axes their results vary, which the check would ask for.
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+            *arguments
+        )
+
+    return sharded
+
+
+def axes_of(name: str, rules: ShardingRules) -> tuple[str, ...]:
+    """The mesh axes that divide a logical axis over more than one device of the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in getattr(rules, name) if mesh.shape.get(axis, 1) > 1)
+
+
+def parts_of(name: str, rules: ShardingRules) -> int:
+    """Number of parts in which the current mesh divides a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes_of(name, rules))
 
 
 def _check_divisible(shape, names, spec, mesh_shape) -> None:

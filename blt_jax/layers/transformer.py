@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules, constrain
-from blt_jax.layers.attention import causal_attention
 from blt_jax.layers.mlp import SwiGLU
 from blt_jax.layers.norms import RMSNorm
 from blt_jax.layers.projection import (
@@ -23,6 +22,7 @@ from blt_jax.layers.projection import (
     projection_init,
 )
 from blt_jax.layers.rope import RopeConfig, rope_table, rotate
+from blt_jax.layers.sharded_attention import sharded_causal_attention
 
 
 class Remat(enum.Enum):
@@ -124,6 +124,8 @@ class SelfAttention(nn.Module):
 
     config: TransformerConfig
     sharding: ShardingRules
+    pieces: int = 1
+    """Pieces that rows are cut into, see `layers.row_pieces`."""
 
     @nn.compact
     def __call__(self, x, rope, segment_ids, divisor):
@@ -147,7 +149,9 @@ class SelfAttention(nn.Module):
         k = checkpoint_name(constrain(project(x, wk), kv_names, self.sharding), "qkv")
         v = checkpoint_name(constrain(project(x, wv), kv_names, self.sharding), "qkv")
         q, k = rotate(q, rope, config.rope.layout), rotate(k, rope, config.rope.layout)
-        out = causal_attention(q, k, v, segment_ids, window=config.window)
+        out = sharded_causal_attention(
+            q, k, v, segment_ids, window=config.window, sharding=self.sharding, pieces=self.pieces
+        )
         out = checkpoint_name(constrain(out, names, self.sharding), "attention")
         return project(out, wo, num_input_axes=2), KeyValues(k, v)
 
@@ -159,6 +163,7 @@ class Block(nn.Module):
     sharding: ShardingRules
     emit_key_values: bool = False
     """Return the keys and values of this layer (prefill); None in training."""
+    pieces: int = 1
 
     @nn.compact
     def __call__(
@@ -172,7 +177,7 @@ class Block(nn.Module):
         divisor = depth_divisor(config.depth_scaling, layer, config.num_layers, config.d_model)
         with jax.named_scope("attention"):
             h = RMSNorm(config.norm_eps, name="attention_norm")(x)
-            attention = SelfAttention(config, self.sharding, name="attention")
+            attention = SelfAttention(config, self.sharding, self.pieces, name="attention")
             h, key_values = attention(h, rope, segment_ids, divisor)
             x = x + h
         with jax.named_scope("mlp"):
@@ -212,6 +217,8 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     sharding: ShardingRules
+    pieces: int = 1
+    """Pieces that rows are cut into, see `layers.row_pieces`."""
     block: ClassVar[type[nn.Module]] = Block
 
     @nn.compact
@@ -228,7 +235,7 @@ class Transformer(nn.Module):
         One token at a time goes through `layers.step`.
         """
         stack = scan_blocks(self.block, self.config, 2)(
-            self.config, self.sharding, emit_key_values, name="layers"
+            self.config, self.sharding, emit_key_values, self.pieces, name="layers"
         )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         rope = rope_table(positions, self.config.rope, self.config.head_width)

@@ -266,30 +266,23 @@ def test_errors():
         attention.causal_attention(q[:, :, :2], k, v, segments, window=-1)
 
 
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(("window", "first"), [(0, 150), (0, 0), (40, 150), (40, 17), (1500, 150)])
-def test_queries_that_stand_later_than_the_first_key(window, first, monkeypatch):
+def test_queries_that_stand_later_than_the_first_key(window, first, traced, monkeypatch):
     monkeypatch.setattr(block_attention, "TILE", 64)
     q, k, v, segments = make_arguments(300)
     here = slice(first, first + 100)
 
-    def part(q, k, v, first):
-        out = block_attention.block_attention(
-            q[:, here], k, v, segments[:, here], segments, first, window=window, scale=0.5
-        )
-        return out
+    def part(index):
+        def attend(q, k, v, segments):
+            return block_attention.block_attention(
+                q[:, here], k, v, segments[:, here], segments, index, window=window, scale=0.5
+            )
 
-    def whole(q, k, v, first):
-        del first
-        return attention.dense_causal_attention(q, k, v, segments, window=window, scale=0.5)[
-            :, here
-        ]
+        return value_and_gradients(attend, q, k, v, segments)
 
-    for traced in (False, True):
-        run = lambda attend, first: value_and_gradients(  # noqa: E731
-            lambda q, k, v, _: attend(q, k, v, first), q, k, v, None
-        )
-        if traced:
-            found = jax.jit(lambda first: run(part, first))(jnp.int32(first))
-        else:
-            found = run(part, first)
-        assert_close(found, run(whole, first))
+    def whole(*arguments):
+        return attention.dense_causal_attention(*arguments, window=window, scale=0.5)[:, here]
+
+    found = jax.jit(part)(jnp.int32(first)) if traced else part(first)
+    assert_close(found, value_and_gradients(whole, q, k, v, segments))

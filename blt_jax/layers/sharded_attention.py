@@ -1,0 +1,119 @@
+"""Causal self-attention on a mesh: every device attends with its own rows, heads and queries.
+
+With rows divided along their length (context parallelism), a window is served by the keys just
+before a device's tokens, sent by its neighbour; without a window every device gathers the keys of
+whole rows (as in Llama 3, arXiv 2407.21783, section 3.3.2: few kv heads make them cheap).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from blt_jax.dist.sharding import ShardingRules, axes_of, constrain, parts_of, shard_by_names
+from blt_jax.layers import row_pieces
+from blt_jax.layers.attention import causal_attention
+from blt_jax.layers.block_attention import block_attention
+
+
+def sharded_causal_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int = 0,
+    sharding: ShardingRules,
+    pieces: int = 1,
+) -> Float[Array, "B T H K"]:
+    """`causal_attention` divided over the current mesh by `sharding`.
+
+    pieces: into which the rows are cut, with padding between them that the window does not count.
+    Raises ValueError if the window reaches farther than one piece, or sizes cannot be divided.
+    """
+    devices = parts_of("length", sharding)
+    if devices > 1 or pieces > 1:
+        pieces, cut = (devices, False) if pieces == 1 else (pieces, True)
+        row_pieces.check_divisible(q.shape[1], pieces, devices)
+        size = q.shape[1] // pieces
+        if window > size:
+            if cut:
+                raise ValueError(
+                    f"attention window {window} is longer than a piece of {size} tokens: use "
+                    f"fewer than {pieces} pieces"
+                )
+            # A window over several devices reads the gathered keys.
+            return _on_mesh(_gathered(window, sharding), q, k, v, segment_ids, sharding)
+        if window and (cut or devices > 1):
+            own = pieces // devices
+            return _on_mesh(_windowed(window, own, cut, sharding), q, k, v, segment_ids, sharding)
+        if devices > 1:
+            return _on_mesh(_gathered(window, sharding), q, k, v, segment_ids, sharding)
+
+    def local(q, k, v, segment_ids):
+        return causal_attention(q, k, v, segment_ids, window=window)
+
+    return _on_mesh(local, q, k, v, segment_ids, sharding)
+
+
+def _on_mesh(attend, q, k, v, segment_ids, sharding: ShardingRules):
+    k, v = (_divisible_heads(x, q.shape[2], sharding) for x in (k, v))
+    names = ("batch", "length", "heads_act", None)
+    run = shard_by_names(attend, (names, names, names, names[:2]), names, sharding)
+    return run(q, k, v, segment_ids)
+
+
+def _divisible_heads(x: jax.Array, num_heads: int, sharding: ShardingRules) -> jax.Array:
+    """Keys or values with as few repeated heads as it takes to divide them like the queries."""
+    devices, heads = parts_of("heads_act", sharding), x.shape[2]
+    if heads % devices == 0:
+        return x
+    wanted = devices if devices % heads == 0 and num_heads % devices == 0 else num_heads
+    x = jnp.repeat(x, wanted // heads, axis=2)
+    return constrain(x, ("batch", "length", "heads_act", None), sharding)
+
+
+def _gathered(window: int, sharding: ShardingRules):
+    """Attention of a device's queries to the keys of the whole rows."""
+    axes = axes_of("length", sharding)
+
+    def attend(q, k, v, segment_ids):
+        keys = [lax.all_gather(x, axes, axis=1, tiled=True) for x in (k, v, segment_ids)]
+        first = lax.axis_index(axes) * q.shape[1]
+        scale = q.shape[3] ** -0.5
+        return block_attention(
+            q, keys[0], keys[1], segment_ids, keys[2], first, window=window, scale=scale
+        )
+
+    return attend
+
+
+def _windowed(window: int, pieces: int, cut: bool, sharding: ShardingRules):
+    """Attention inside each of `pieces` pieces and to the window - 1 tokens before it."""
+    axes = axes_of("length", sharding)
+
+    def attend(q, k, v, segment_ids):
+        segments = row_pieces.split(segment_ids, pieces)
+        real = segments > 0 if cut else None
+
+        def keys(x, mask=False):
+            x = row_pieces.split(x, pieces)
+            last, there = row_pieces.last_tokens(x, real, window - 1)
+            last = jnp.where(there, last, 0) if mask else last
+            x = jnp.concatenate([row_pieces.from_previous(last, axes), x], axis=2)
+            return x.reshape(-1, *x.shape[2:])
+
+        queries = row_pieces.split(q, pieces)
+        out = block_attention(
+            queries.reshape(-1, *queries.shape[2:]),
+            keys(k),
+            keys(v),
+            segments.reshape(-1, segments.shape[2]),
+            keys(segment_ids, mask=True),
+            window - 1,
+            window=window,
+            scale=q.shape[3] ** -0.5,
+        )
+        return out.reshape(q.shape)
+
+    return attend
