@@ -48,6 +48,8 @@ class DataConfig:
     without it every document of every source comes once and nothing is dropped.
     `shuffle_rows` packed rows are shuffled at a time where `shuffle` and `repeat` hold, so that
     the rows of a batch come from different documents; 0 keeps rows in the order of documents.
+    For context parallelism, rows are cut into `row_pieces` of whole patches, each with its share of
+    `max_patches`; a document continues only over pieces of at least `piece_halo` tokens.
     `num_threads` read and tokenize documents, `prefetch` batches are made ahead; 0 is off.
     """
 
@@ -59,6 +61,8 @@ class DataConfig:
     packing: Packing = Packing.CONCATENATE
     long_documents: LongDocuments = LongDocuments.CONTINUE
     max_patches: int = 0
+    row_pieces: int = 1
+    piece_halo: int = 0
     shuffle: bool = True
     shuffle_rows: int = 512
     repeat: bool = True
@@ -70,12 +74,24 @@ class DataConfig:
     def __post_init__(self):
         if not isinstance(self.sources, tuple) or not self.sources:
             raise ValueError(f"sources is {self.sources!r}; it must be a non-empty tuple")
-        for name in ("batch_size", "sequence_length"):
+        for name in ("batch_size", "sequence_length", "row_pieces"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_patches", "shuffle_rows", "seed", "num_threads", "prefetch"):
+        sizes = ("max_patches", "piece_halo", "shuffle_rows", "num_threads", "prefetch")
+        for name in (*sizes, "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("sequence_length", "max_patches"):
+            if getattr(self, name) % self.row_pieces:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be divisible by"
+                    f" row_pieces={self.row_pieces}"
+                )
+        if self.piece_halo > self.sequence_length // self.row_pieces:
+            raise ValueError(
+                f"piece_halo is {self.piece_halo}; it must be at most the"
+                f" {self.sequence_length // self.row_pieces} tokens of a piece"
+            )
         if self.long_documents is LongDocuments.TRUNCATE and not self.repeat:
             raise ValueError(
                 "long_documents is TRUNCATE with repeat=False; a finite pass drops nothing,"
@@ -149,6 +165,8 @@ def loader(
             long_documents=config.long_documents,
             max_patches=config.max_patches,
             with_starts=patcher is not None,
+            pieces=config.row_pieces,
+            halo=config.piece_halo,
         ),
         rows=1 if mixes_rows else rows,
         kept=slice(None) if mixes_rows else kept,

@@ -7,6 +7,10 @@ before it, so every token of a document but its first is a target exactly once.
 Patches (where a patcher is given): starts over z[0..N], true at the first and second token of
 every segment besides the patcher's own. With `max_patches` a row closes at the patch boundary
 where its inputs hold that many patches; the document continues in the next row.
+
+Pieces (for context parallelism): a row is cut into pieces of equal size, each with its share of
+max_patches. A document that does not end in a piece continues in the next one as the same
+segment, from a patch boundary on; padding fills the piece up.
 """
 
 import copy
@@ -79,13 +83,29 @@ class TokenizedDocument:
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """Shape and rules of the rows. `max_patches` 0 means no limit."""
+    """Shape and rules of the rows. `max_patches` 0 means no limit.
+
+    pieces: into which a row is cut. halo: tokens that a piece must hold if a document passes
+    through the whole of it; where it holds fewer, the row ends.
+    """
 
     sequence_length: int
     packing: Packing = Packing.CONCATENATE
     long_documents: LongDocuments = LongDocuments.CONTINUE
     max_patches: int = 0
     with_starts: bool = False
+    pieces: int = 1
+    halo: int = 0
+
+    @property
+    def piece_length(self) -> int:
+        """Tokens of a piece."""
+        return self.sequence_length // self.pieces
+
+    @property
+    def piece_patches(self) -> int:
+        """Most patches of a piece; 0 means no limit."""
+        return self.max_patches // self.pieces
 
     def empty_rows(self, rows: int) -> dict[str, Any]:
         """Arrays of `rows` padding rows, as the batch contract names them."""
@@ -242,33 +262,64 @@ class PackIterator(grain.DatasetIterator):
 
     def _fill_row(self, row: dict[str, Any]) -> None:
         """Fills the arrays of one row ([N], starts [N+1]) in place, advancing the documents."""
+        filling = _Filling()
+        for begin in range(0, self._layout.sequence_length, self._layout.piece_length):
+            self._fill_piece(row, begin, filling)
+            if filling.ended:
+                break
+        self._statistics.rows += 1
+
+    def _fill_piece(self, row: dict[str, Any], begin: int, filling: "_Filling") -> None:
         layout, statistics = self._layout, self._statistics
-        filled, patches, segment = 0, 0, 0
-        while filled < layout.sequence_length and self._has_document():
+        length, filled, patches = layout.piece_length, 0, 0
+        is_last = begin + length == layout.sequence_length
+        while filled < length and self._has_document():
             document = self._document
-            size = min(layout.sequence_length - filled, len(document.ids) - document.offset)
-            starts = None
+            remaining = len(document.ids) - document.offset
+            size, starts = min(length - filled, remaining), None
             if document.starts is not None:
                 # One more than the inputs: the last target's own start is part of the row.
                 starts = document.starts[document.offset : document.offset + size + 1].copy()
-                starts[:2] = True
+                if not filling.continues:
+                    starts[:2] = True
                 if layout.max_patches:
-                    room = layout.max_patches - patches
+                    room = layout.piece_patches - patches
                     size = min(size, int(np.searchsorted(np.cumsum(starts), room, "right")))
+            through = filling.continues and filled == 0
+            if size < remaining and not is_last:
+                whole = size if starts is None else int(np.flatnonzero(starts[: size + 1])[-1])
+                if through and whole < layout.halo:
+                    is_last = True  # what follows could not see far enough back
+                elif whole == 0 and filled == 0:
+                    raise ValueError(
+                        f"a patch of document {document.index} is longer than a piece of {length}"
+                        " tokens: limit the length of patches, or cut rows into fewer pieces"
+                    )
+                else:
+                    size = whole
             if size == 0:
                 break
-            segment += 1
             patches += int(starts[:size].sum()) if starts is not None else 0
-            finished = self._place_piece(row, filled, size, segment, starts)
+            finished = self._place_piece(row, begin + filled, size, starts, filling, is_last)
             filled += size
-            if not finished or layout.packing is Packing.ONE_DOCUMENT:
+            filling.continues = not finished and self._document is not None
+            if not finished:
                 break
-        statistics.rows += 1
+            if layout.packing is Packing.ONE_DOCUMENT:
+                is_last = True
+                break
+        filling.ended = is_last or not self._has_document()
         statistics.inputs += filled
         statistics.patches += patches
 
     def _place_piece(
-        self, row: dict[str, Any], at: int, size: int, segment: int, starts: Any
+        self,
+        row: dict[str, Any],
+        at: int,
+        size: int,
+        starts: Any,
+        filling: "_Filling",
+        is_last: bool,
     ) -> bool:
         """Places ids[offset : offset + size] as inputs; True where the document ends there."""
         document, statistics = self._document, self._statistics
@@ -276,31 +327,45 @@ class PackIterator(grain.DatasetIterator):
         remaining = len(document.ids) - offset
         targets = min(size, remaining - 1)
         span, target_span = slice(at, at + size), slice(at, at + targets)
+        if not filling.continues:
+            filling.segment, filling.position = filling.segment + 1, 0
+            if at:  # the masked target at the join of two documents is the next one's first token
+                row["targets"][at - 1] = document.ids[offset]
         row["tokens"][span] = document.ids[offset : offset + size]
-        row["segment_ids"][span] = segment
-        row["positions"][span] = np.arange(size, dtype=np.int32)
+        row["segment_ids"][span] = filling.segment
+        row["positions"][span] = np.arange(size, dtype=np.int32) + filling.position
         row["targets"][target_span] = document.ids[offset + 1 : offset + 1 + targets]
         row["target_mask"][target_span] = True
         counts = document.bytes[offset + 1 : offset + 1 + targets]
         row["target_bytes"][target_span] = counts
-        if at:  # the masked target at the join of two documents is the next one's first token
-            row["targets"][at - 1] = document.ids[offset]
         if starts is not None:
             marks = starts[: size + 1]
             row["starts"][at : at + len(marks)] = marks
+        filling.position += size
         statistics.documents += offset == 0
         statistics.targets += targets
         statistics.bytes += int(counts.sum())
         finished = size == remaining
         if remaining - targets <= 1:
             self._document = None
-        elif self._layout.long_documents is LongDocuments.TRUNCATE:
+        elif is_last and self._layout.long_documents is LongDocuments.TRUNCATE:
             statistics.dropped_targets += remaining - 1 - targets
             statistics.dropped_bytes += int(document.bytes[offset + 1 + targets :].sum())
             self._document = None
         else:
             document.offset = offset + targets
         return finished
+
+
+@dataclasses.dataclass
+class _Filling:
+    """Where the packing of a row stands: segments so far, the position that its next token of an
+    unfinished document has, whether there is one, and whether the row has ended."""
+
+    segment: int = 0
+    position: int = 0
+    continues: bool = False
+    ended: bool = False
 
 
 def check_starts(starts: Any, index: int, length: int) -> Bool[np.ndarray, "n"]:

@@ -10,9 +10,10 @@ G kv heads (in the latent: h_G, the width), H heads, K head width, L layers, V =
 
 Section 2 (patching), 4.4 (entropy reset)            blt_patching.py
 Section 2.3, Eq. 1 (entropy model)                   blt_entropy.py
-Section 3.1 (latent global transformer)              BLT.latent, patch_layout
+Section 3.1 (latent global transformer)              BLT.latent, blt_patches.patch_layout
 Section 3.2.1 (hash n-gram embeddings)               NgramEmbedding, blt_ngrams.py
-Section 3.2.2, Eq. 6, 7 (encoder cross-attention)    EncoderCrossLayer, pool, BLT.pool_patches
+Section 3.2.2, Eq. 6, 7 (encoder cross-attention)    EncoderCrossLayer, BLT.pool_patches
+  on arrays, also over several devices               blt_patches.py
 Section 3.3 (local decoder)                          DecoderLayer, BLT.decode
 Model sizes, Eq. 13-17 (FLOPs per byte)              blt_config.py
 Eq. 18 (bits per byte)                               BLT.loss (nats and bytes as sums)
@@ -28,7 +29,7 @@ is there exactly when their widths differ. Byte-ifying Llama 3 and the robustnes
 this file.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -37,7 +38,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-import pallas_kernels
 from blt_jax.dist.sharding import ShardingRules, constrain
 from blt_jax.layers.embed import Embed, Head, check_token_ids
 from blt_jax.layers.losses import cross_entropy_sums
@@ -50,6 +50,7 @@ from blt_jax.layers.projection import (
     truncated_normal,
 )
 from blt_jax.layers.rope import rope_table
+from blt_jax.layers.row_pieces import split, with_previous_tokens
 from blt_jax.layers.transformer import (
     Block,
     KeyValues,
@@ -89,6 +90,15 @@ from blt_jax.models.blt_ngrams import (
     NgramStart,
     NgramTables,
     hash_ids,
+)
+from blt_jax.models.blt_patches import (
+    PatchLayout,
+    bytes_attend_to_patches,
+    check_pieces,
+    patch_layout,
+    patches_attend_to_bytes,
+    pool,
+    take_patches,
 )
 
 VOCAB_SIZE = blt_patching.VOCAB_SIZE
@@ -138,65 +148,6 @@ def check_inputs(
             )
 
 
-class PatchLayout(NamedTuple):
-    """Ids of bytes and documents of patches, all int32.
-
-    encoder_ids, decoder_ids: [B, N], see blt_patching; segment_ids [B, P]: document of a patch's
-    first byte, 0 for unused patches; positions [B, P]: patch index inside its document.
-    """
-
-    encoder_ids: Any
-    decoder_ids: Any
-    segment_ids: Any
-    positions: Any
-
-
-def patch_layout(
-    starts: Bool[Array, "B M"], segment_ids: Int[Array, "B N"], num_patches: int
-) -> PatchLayout:
-    """Patches of bytes, documents and positions of patches (section 3.1: block-causal mask)."""
-    encoder_ids = blt_patching.encoder_ids(starts, segment_ids)
-    first = starts[:, :-1] & (encoder_ids >= 0)
-    rows = jax.lax.broadcasted_iota(jnp.int32, encoder_ids.shape, 0)
-    place = jnp.where(first, encoder_ids, num_patches)
-    patch_segments = jnp.zeros((starts.shape[0], num_patches), jnp.int32)
-    patch_segments = patch_segments.at[rows, place].set(segment_ids, mode="drop")
-    return PatchLayout(
-        encoder_ids=encoder_ids,
-        decoder_ids=blt_patching.decoder_ids(starts, segment_ids),
-        segment_ids=patch_segments,
-        positions=blt_patching.document_positions(patch_segments),
-    )
-
-
-def first_bytes(
-    x: Float[Array, "B N D"], ids: Int[Array, "B N"], num_patches: int, count: int
-) -> Float[Array, "B P E"]:
-    """The first `count` bytes of every patch side by side, zeros where a patch is shorter."""
-    B, N, D = x.shape
-    index = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
-    rows = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 0)
-    place = jnp.where(ids < 0, num_patches, ids)
-    begin = jnp.full((B, num_patches), N, jnp.int32).at[rows, place].min(index, mode="drop")
-    index_BPC = begin[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None, :]
-    flat = jnp.minimum(index_BPC, N - 1).reshape(B, num_patches * count)
-    owner = jnp.take_along_axis(ids, flat, axis=1).reshape(index_BPC.shape)
-    own = (index_BPC < N) & (owner == jnp.arange(num_patches, dtype=jnp.int32)[None, :, None])
-    taken = jnp.take_along_axis(x, flat[..., None], axis=1).reshape(B, num_patches, count, D)
-    return jnp.where(own[..., None], taken, 0).reshape(B, num_patches, count * D)
-
-
-def pool(
-    x: Float[Array, "B N D"], ids: Int[Array, "B N"], num_patches: int, config: BLTConfig
-) -> Float[Array, "B P E"]:
-    """Bytes of every patch pooled as config.pooling says; 0 for an empty patch."""
-    if config.pooling is Pooling.FIRST_BYTES:
-        return first_bytes(x, ids, num_patches, config.pooled_bytes)
-    modes = config.pooling.value.split("_")
-    pooled = [pallas_kernels.patch_pool(x, ids, num_patches, mode=mode) for mode in modes]
-    return jnp.concatenate(pooled, axis=-1)
-
-
 # -------------------------------------------------------------------------- linen modules
 
 
@@ -222,10 +173,16 @@ class NgramEmbedding(nn.Module):
     d_model: int
     sharding: ShardingRules
     ngram_tables: NgramTables | None = None
+    pieces: int = 1
+    """Pieces that rows are cut into, see `layers.row_pieces`."""
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], tokens: Int[Array, "B N"], history: Int[Array, "B N"]
+        self,
+        x: Float[Array, "B N D"],
+        tokens: Int[Array, "B N"],
+        history: Int[Array, "B N"],
+        segment_ids: Int[Array, "B N"],
     ) -> Float[Array, "B N D"]:
         """history: tokens before each one that its n-grams may reach."""
         config = self.config
@@ -235,11 +192,10 @@ class NgramEmbedding(nn.Module):
             shape = (config.vocab_size, self.d_model)
             table = self.param(f"f{function}_n{size}", init, shape, jnp.float32)
             table = constrain(table, ("ngram", None), self.sharding)
-            if config.kind is NgramKind.HASH:
-                prime = PRIMES[function]
-                ids = hash_ids(tokens, size, prime, config.vocab_size, config.order, history)
+            if self.pieces == 1:
+                ids = self._ids(tokens, history, function, size)
             else:
-                ids = self.ngram_tables.lookup(tokens, size, history)
+                ids = self._ids_of_pieces(tokens, history, segment_ids, function, size)
             # One gather per table: one gather from a stacked table is several times slower.
             rows = jnp.take(table, ids, axis=0).astype(x.dtype)
             if config.start is NgramStart.SKIP:
@@ -248,6 +204,21 @@ class NgramEmbedding(nn.Module):
         if config.normalize and config.tables:
             x = x * (1.0 / (len(config.tables) + 1))
         return constrain(x, ("batch", "length", "embed_act"), self.sharding)
+
+    def _ids(self, tokens, history, function: int, size: int) -> Int[Array, "B N"]:
+        config = self.config
+        if config.kind is NgramKind.EXACT:
+            return self.ngram_tables.lookup(tokens, size, history)
+        prime = PRIMES[function]
+        return hash_ids(tokens, size, prime, config.vocab_size, config.order, history)
+
+    def _ids_of_pieces(self, tokens, history, segment_ids, function, size) -> Int[Array, "B N"]:
+        before = size - 1
+        tokens_BCM = with_previous_tokens(tokens, segment_ids, self.pieces, before)
+        history_BCM = jnp.pad(split(history, self.pieces), ((0, 0), (0, 0), (before, 0)))
+        rows = (-1, tokens_BCM.shape[2])
+        ids = self._ids(tokens_BCM.reshape(rows), history_BCM.reshape(rows), function, size)
+        return ids[:, before:].reshape(tokens.shape)
 
 
 class CrossAttention(nn.Module):
@@ -285,33 +256,25 @@ class EncoderCrossLayer(nn.Module):
     """Patches attend to their bytes (section 3.2.2)."""
 
     config: BLTConfig
+    sharding: ShardingRules
 
     @nn.compact
     def __call__(self, patches, layer, state, kernel, ids, segment_ids, patch_segment_ids):
         """patches [B, P, Q, D] attend to state [B, N, D]; kernel: of the patch projection."""
         config = self.config
         if config.pool_queries is PoolQueries.PER_LAYER:
-            pooled = pool(state, ids, patches.shape[1], config)
+            pooled = pool(state, ids, patches.shape[1], config, self.sharding)
             patches = project(pooled, kernel).reshape(patches.shape)
 
         def attend(q, key, value):
-            return pallas_kernels.patch_attention(
-                q, key, value, ids, **_window(config, segment_ids, patch_segment_ids)
-            )
+            layout = (ids, segment_ids, patch_segment_ids)
+            return patches_attend_to_bytes(q, key, value, *layout, config, self.sharding)
 
         cross = CrossAttention(
             config.local_encoder, config.cross_shape("encoder"), name="cross_attention"
         )
         out = cross(patches, state, attend, layer)
         return _residual(patches, config) + out, None
-
-
-def _window(config: BLTConfig, segment_ids, patch_segment_ids) -> dict[str, Any]:
-    """A window of one patch cannot leave its document; a wider one needs the documents."""
-    if config.patch_window == 1:
-        return {}
-    segments = {"segment_ids": segment_ids, "patch_segment_ids": patch_segment_ids}
-    return {"window": config.patch_window} | segments
 
 
 def _residual(x, config: BLTConfig):
@@ -339,12 +302,13 @@ class PatchEncoder(nn.Module):
         init = truncated_normal(shape[0] ** -0.5)
         init = nn.with_logical_partitioning(init, ("embed", "patch_vectors"))
         kernel = self.param("patch_projection", init, shape, jnp.float32)
-        patches = project(pool(states[0], ids, P, config), kernel)
+        patches = project(pool(states[0], ids, P, config, self.sharding), kernel)
         patches = patches.reshape(B, P, config.cross_attn_k, D)
         if config.num_encoder_cross_layers:
             length = config.num_encoder_cross_layers
             stack = scan_blocks(EncoderCrossLayer, config.local_encoder, 4, 2, length)
-            stack, layers = stack(config, name="layers"), jnp.arange(length, dtype=jnp.int32)
+            stack = stack(config, self.sharding, name="layers")
+            layers = jnp.arange(length, dtype=jnp.int32)
             patches, _ = stack(patches, layers, states, kernel, ids, segment_ids, patch_segment_ids)
         patches = patches.reshape(B, P, config.patch_width)
         return constrain(patches, ("batch", "patches", "embed_act"), self.sharding)
@@ -363,19 +327,17 @@ class DecoderLayer(nn.Module):
         config = self.config
         if config.decoder_cross_attention is DecoderCrossAttention.ALL:
             with jax.named_scope("cross_attention"):
-                x = _attend_context(config, x, layer, context, layout)
-        block = Block(config.local_decoder, self.sharding, self.emit_key_values, name="block")
+                x = _attend_context(config, self.sharding, x, layer, context, layout)
+        arguments = (config.local_decoder, self.sharding, self.emit_key_values, config.row_pieces)
+        block = Block(*arguments, name="block")
         return block(x, layer, rope, layout[1])
 
 
-def _attend_context(config: BLTConfig, x, layer, context, layout):
+def _attend_context(config: BLTConfig, sharding: ShardingRules, x, layer, context, layout):
     """Bytes attend to the vectors of their last complete patch (section 3.3), with residual."""
-    ids, segment_ids, patch_segment_ids = layout
 
     def attend(q, key, value):
-        return pallas_kernels.patch_gather_attention(
-            q, key, value, ids, **_window(config, segment_ids, patch_segment_ids)
-        )
+        return bytes_attend_to_patches(q, key, value, *layout, config, sharding)
 
     cross = CrossAttention(
         config.local_decoder, config.cross_shape("decoder"), name="cross_attention"
@@ -401,21 +363,15 @@ class LocalDecoder(nn.Module):
         """layout: decoder ids [B, N], segment_ids [B, N], segments of patches [B, P]."""
         config, stack = self.config, self.config.local_decoder
         if config.decoder_cross_attention is DecoderCrossAttention.FIRST:
-            x = _attend_context(config, x, jnp.zeros((), jnp.int32), context, layout)
+            first = jnp.zeros((), jnp.int32)
+            x = _attend_context(config, self.sharding, x, first, context, layout)
         elif config.decoder_cross_attention is DecoderCrossAttention.NONE:
-            x = x + take_patches(context[:, :, 0], layout[0])
+            x = x + take_patches(context[:, :, 0], layout[0], layout[2], self.sharding)
         layers = jnp.arange(stack.num_layers, dtype=jnp.int32)
         rope = rope_table(positions, stack.rope, stack.head_width)
         scanned = scan_blocks(DecoderLayer, stack, 3)
         scanned = scanned(config, self.sharding, emit_key_values, name="layers")
         return scanned(x, layers, context, layout, rope)
-
-
-def take_patches(patches: Float[Array, "B P D"], ids: Int[Array, "B N"]) -> Float[Array, "B N D"]:
-    """The vector of each byte's patch; 0 for ids outside 0..P-1."""
-    P = patches.shape[1]
-    taken = jnp.take_along_axis(patches, jnp.clip(ids, 0, P - 1)[..., None], axis=1)
-    return jnp.where(((ids >= 0) & (ids < P))[..., None], taken, 0)
 
 
 class RecordingBlock(Block):
@@ -493,13 +449,16 @@ class BLT(Model):
                 "ngrams.kind=EXACT needs build(ngram_tables=...), and other kinds take none"
             )
         self.byte_embedding = Embed(VOCAB_SIZE, width, dtype, sharding)
-        self.ngram_embedding = NgramEmbedding(config.ngrams, width, sharding, self.ngram_tables)
+        pieces = config.row_pieces
+        self.ngram_embedding = NgramEmbedding(
+            config.ngrams, width, sharding, self.ngram_tables, pieces
+        )
         record = RecordingTransformer if self._records else Transformer
-        self.local_encoder = record(config.local_encoder, sharding)
+        self.local_encoder = record(config.local_encoder, sharding, pieces)
         self.patch_encoder = PatchEncoder(config, sharding)
         if config.patch_width != config.latent.d_model:
             self.latent_projection = Projection(config.latent.d_model, ("patch_vectors", "embed"))
-        self.latent_transformer = Transformer(config.latent, sharding)
+        self.latent_transformer = Transformer(config.latent, sharding, pieces)
         self.context_projection = Projection(self._num_context * width, ("embed", "patch_vectors"))
         self.local_decoder = LocalDecoder(config, sharding)
         self.output_norm = RMSNorm(config.local_decoder.norm_eps)
@@ -543,7 +502,8 @@ class BLT(Model):
             positions = blt_patching.document_positions(segment_ids)
         # Padding never indexes a table, whatever id the data gave it.
         tokens = jnp.where(segment_ids > 0, tokens, 0)
-        layout = patch_layout(starts, segment_ids, self.config.max_patches or tokens.shape[1])
+        num_patches = self.config.max_patches or tokens.shape[1]
+        layout = patch_layout(starts, segment_ids, num_patches, self.config.row_pieces)
         return self.with_layout(tokens, layout, segment_ids, positions, emit_key_values)
 
     def with_layout(
@@ -555,7 +515,8 @@ class BLT(Model):
         emit_key_values: bool = False,
     ) -> BLTOutput:
         """As a call, with the patches laid out already and no default left."""
-        x = self.embed_bytes(tokens, self.history(positions))
+        check_pieces(self.config, tokens.shape[1], self.sharding)
+        x = self.embed_bytes(tokens, self.history(positions, segment_ids), segment_ids)
         encoded = self.encode(x, positions, segment_ids, emit_key_values)
         patches = self.pool_patches(
             encoded.states, layout.encoder_ids, segment_ids, layout.segment_ids
@@ -576,18 +537,26 @@ class BLT(Model):
         aux = BLTAux(layout, encoded.hidden, encoded.states, patches, latent, key_values)
         return BLTOutput(logits=logits, hidden=hidden, cache=None, aux=aux)
 
-    def history(self, positions: Int[Array, "B N"]) -> Int[Array, "B N"]:
+    def history(
+        self, positions: Int[Array, "B N"], segment_ids: Int[Array, "B N"]
+    ) -> Int[Array, "B N"]:
         """Tokens before each one that its n-grams may reach: its document's, or its row's."""
         if not self.config.ngrams.cross_documents:
             return positions
+        if self.config.row_pieces > 1:
+            return jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32) - 1
         return jax.lax.broadcasted_iota(jnp.int32, positions.shape, 1)
 
     def embed_bytes(
-        self, tokens: Int[Array, "B N"], history: Int[Array, "B N"]
+        self,
+        tokens: Int[Array, "B N"],
+        history: Int[Array, "B N"],
+        segment_ids: Int[Array, "B N"],
     ) -> Float[Array, "B N D"]:
         """Byte embeddings enriched by n-grams; the last of a window of 8 tokens is complete."""
         with jax.named_scope("byte_embedding"):
-            return self.ngram_embedding(self.byte_embedding(tokens), tokens, history)
+            x = self.byte_embedding(tokens)
+            return self.ngram_embedding(x, tokens, history, segment_ids)
 
     def encode(
         self,

@@ -79,7 +79,9 @@ class BLTConfig(ModelConfig):
     cross_attn_k: vectors per patch. *_cross_heads, *_cross_kv_heads: those of the local model.
     patch_window: W patches p-W+1..p that a patch (or byte) sees in cross-attention. max_patches:
     patches per row, all rows padded to it; 0: as many as bytes. Bytes beyond it are never merged
-    into a kept patch: their targets leave the loss and are counted. mean_patch_bytes: for FLOPs.
+    into a kept patch: their targets leave the loss and are counted. row_pieces: rows are cut into
+    so many pieces of whole patches, each with its share of max_patches, which devices divide among
+    them (context parallelism). mean_patch_bytes: for FLOPs.
     """
 
     local_encoder: TransformerConfig
@@ -100,6 +102,7 @@ class BLTConfig(ModelConfig):
     pooled_bytes: int = 4
     patch_window: int = 1
     max_patches: int = 0
+    row_pieces: int = 1
     mean_patch_bytes: float = 4.5
     z_loss: float = 0.0
 
@@ -112,11 +115,23 @@ class BLTConfig(ModelConfig):
                 f"BLTConfig.local_decoder.d_model={self.local_decoder.d_model}: must equal "
                 f"local_encoder.d_model={self.local_encoder.d_model}, whose bytes it continues"
             )
-        for field in ("cross_attn_k", "pooled_bytes", "patch_window"):
+        for field in ("cross_attn_k", "pooled_bytes", "patch_window", "row_pieces"):
             if getattr(self, field) < 1:
                 reject(field, "must be >= 1")
         if self.max_patches < 0:
             reject("max_patches", "must be >= 0 (0: one per byte)")
+        if self.row_pieces > 1:
+            if not self.max_patches or self.max_patches % self.row_pieces:
+                reject("max_patches", f"must be a multiple of row_pieces={self.row_pieces}")
+            for field, value, allowed in (
+                ("patch_window", self.patch_window, 1),
+                ("latent.window", self.latent.window, 0),
+            ):
+                if value != allowed:
+                    raise ValueError(
+                        f"BLTConfig.{field}={value}: must be {allowed} with "
+                        f"row_pieces={self.row_pieces}, whose padding a window would count"
+                    )
         if self.mean_patch_bytes < 1:
             reject("mean_patch_bytes", "must be >= 1")
         if self.z_loss < 0:
@@ -141,6 +156,12 @@ class BLTConfig(ModelConfig):
     def patch_width(self) -> int:
         """Width k h_E of a patch vector; a projection to the latent width follows if unequal."""
         return self.cross_attn_k * self.local_encoder.d_model
+
+    @property
+    def piece_halo(self) -> int:
+        """Bytes before a piece that its own bytes may see: those of a window or an n-gram."""
+        windows = (self.local_encoder.window, self.local_decoder.window)
+        return max(*windows, *(size for _, size in self.ngrams.tables), 1) - 1
 
     @property
     def num_pooled(self) -> int:

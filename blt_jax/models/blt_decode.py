@@ -16,6 +16,7 @@ they are few.
 Axes as in blt.py; R slots for the bytes of the open patch.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -29,7 +30,7 @@ from blt_jax.layers.cache import LayerCache, StepCache
 from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt_patching
-from blt_jax.models.blt import BLT, BLTAux, patch_layout
+from blt_jax.models.blt import BLT, BLTAux
 from blt_jax.models.blt_config import (
     BLTConfig,
     DecoderCrossAttention,
@@ -40,6 +41,7 @@ from blt_jax.models.blt_config import (
 )
 from blt_jax.models.blt_entropy import EntropyModel, entropies
 from blt_jax.models.blt_ngrams import PRIMES, NgramKind, NgramStart, hash_ids
+from blt_jax.models.blt_patches import patch_layout
 from blt_jax.models.blt_patching import NEWLINE, VOCAB_SIZE, PatcherConfig, PatcherKind
 
 NGRAM_WINDOW = 8
@@ -198,6 +200,8 @@ class BLTDecoder:
             previous_entropy=value,
             prediction=zero,
         )
+        if model.config.row_pieces > 1:  # of training rows; prompts are whole
+            model = model.clone(config=dataclasses.replace(model.config, row_pieces=1))
         return cls(
             model=model,
             params=params,

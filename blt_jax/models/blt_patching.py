@@ -93,22 +93,71 @@ def patch_ids(starts: Bool[Array, "B M"]) -> Int[Array, "B M"]:
 
 
 def encoder_ids(
-    starts: Bool[Array, "B M"], segment_ids: Int[Array, "B N"] | None = None
+    starts: Bool[Array, "B M"],
+    segment_ids: Int[Array, "B N"] | None = None,
+    pieces: int = 1,
+    num_patches: int = 0,
 ) -> Int[Array, "B N"]:
-    """Patch of every input byte; -1 on padding (segment 0). starts covers N+1 tokens."""
-    ids = patch_ids(starts)[:, :-1]
+    """Patch of every input byte; -1 on padding (segment 0). starts covers N+1 tokens.
+
+    pieces: rows cut so hold patches p P/C.. in piece p, of P = num_patches; bytes of further
+    patches of a piece get the id P.
+    """
+    if pieces == 1:
+        ids = patch_ids(starts)[:, :-1]
+    else:
+        local = _patch_in_piece(starts, pieces)
+        ids = _patch_in_row(local, num_patches).reshape(local.shape[0], -1)
     return ids if segment_ids is None else jnp.where(segment_ids > 0, ids, -1)
 
 
 def decoder_ids(
-    starts: Bool[Array, "B M"], segment_ids: Int[Array, "B N"] | None = None
+    starts: Bool[Array, "B M"],
+    segment_ids: Int[Array, "B N"] | None = None,
+    pieces: int = 1,
+    num_patches: int = 0,
 ) -> Int[Array, "B N"]:
     """Last patch that is complete before the byte each position predicts; -1 on padding.
 
-    The last byte of a patch sees its own patch, every other byte the one before.
+    The last byte of a patch sees its own patch, every other byte the one before. pieces,
+    num_patches: as `encoder_ids`; the first patch of a piece sees the last one before the piece.
     """
-    ids = patch_ids(starts)[:, 1:] - 1
+    if pieces == 1:
+        ids = patch_ids(starts)[:, 1:] - 1
+    else:
+        local = _patch_in_piece(starts, pieces)
+        complete = local - 1 + starts[:, 1:].reshape(local.shape).astype(jnp.int32)
+        own = starts[:, :-1] if segment_ids is None else starts[:, :-1] & (segment_ids > 0)
+        count_BC1 = own.reshape(local.shape).sum(-1, keepdims=True, dtype=jnp.int32)
+        last_BC1 = jnp.where(count_BC1 > 0, _patch_in_row(count_BC1 - 1, num_patches), -1)
+        before = jnp.pad(jax.lax.cummax(last_BC1, axis=1), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        before = before.at[:, 0].set(-1)
+        ids = jnp.where(complete >= 0, _patch_in_row(complete, num_patches), before)
+        ids = ids.reshape(local.shape[0], -1)
     return ids if segment_ids is None else jnp.where(segment_ids > 0, ids, -1)
+
+
+def _patch_in_piece(starts: Bool[Array, "B M"], pieces: int) -> Int[Array, "B C N"]:
+    """Patch of every input byte inside its piece, from 0."""
+    starts = starts[:, :-1].reshape(starts.shape[0], pieces, -1)
+    return jnp.cumsum(starts, axis=2, dtype=jnp.int32) - 1
+
+
+def _patch_in_row(local: Int[Array, "B C N"], num_patches: int) -> Int[Array, "B C N"]:
+    """Patches of pieces numbered in the row; num_patches where a piece has too many."""
+    size = num_patches // local.shape[1]
+    first = size * jax.lax.broadcasted_iota(jnp.int32, local.shape, 1)
+    return jnp.where(local < size, local + first, num_patches)
+
+
+def patch_positions(segment_ids: Int[Array, "B P"]) -> Int[Array, "B P"]:
+    """Index of every patch inside its document; unused patches (segment 0) do not count."""
+    used = segment_ids > 0
+    order = jnp.cumsum(used, axis=1, dtype=jnp.int32) - 1
+    last_used = jnp.pad(_index_of_last(used), ((0, 0), (1, 0)))[:, :-1]
+    before = jnp.where(order > 0, jnp.take_along_axis(segment_ids, last_used, axis=1), 0)
+    first = used & (segment_ids != before)
+    return order - jnp.take_along_axis(order, _index_of_last(first), axis=1)
 
 
 def to_lengths(starts: Bool[Array, "B M"], max_patches: int) -> Int[Array, "B P"]:

@@ -66,10 +66,16 @@ class BLTPretraining(Experiment):
             raise ValueError(f"BLTPretraining.blt.model={self.blt.model}: must be a BLTConfig")
         for phase in self.blt.all_phases:
             data, model = self.blt.phase_data(phase), phase.model or self.blt.model
-            if data.max_patches != model.max_patches:
+            for name in ("max_patches", "row_pieces"):
+                if getattr(data, name) != getattr(model, name):
+                    raise ValueError(
+                        f"BLTPretraining: the rows have {name}={getattr(data, name)}, the model "
+                        f"{getattr(model, name)}; they must be equal"
+                    )
+            if data.row_pieces > 1 and data.piece_halo < model.piece_halo:
                 raise ValueError(
-                    f"BLTPretraining: the rows have max_patches={data.max_patches}, the model "
-                    f"{model.max_patches}; they must be equal"
+                    f"BLTPretraining: the rows have piece_halo={data.piece_halo}; the model's "
+                    f"windows and n-grams need {model.piece_halo}"
                 )
         needs_model = self.patcher.needs_entropies and not self.ngram_order
         if needs_model and self.entropy_model is None:

@@ -14,7 +14,7 @@ from blt_jax.layers.model import Precision
 from blt_jax.layers.projection import DepthScaling
 from blt_jax.layers.rope import RopeConfig
 from blt_jax.layers.transformer import Remat, TransformerConfig
-from blt_jax.models import blt, blt_config, blt_patching
+from blt_jax.models import blt, blt_config, blt_patches, blt_patching
 from blt_jax.models.blt_ngrams import (
     HashOrder,
     NgramConfig,
@@ -169,8 +169,9 @@ def test_no_leak_through_gradients(small):
     segments, positions = batch["segment_ids"], batch["positions"]
 
     def logits_of(model, shift):
-        layout = blt.patch_layout(batch["starts"], segments, segments.shape[1])
-        x = model.embed_bytes(batch["tokens"], model.history(positions)) + shift
+        layout = blt_patches.patch_layout(batch["starts"], segments, segments.shape[1])
+        history = model.history(positions, segments)
+        x = model.embed_bytes(batch["tokens"], history, segments) + shift
         encoded = model.encode(x, positions, segments)
         patches = model.pool_patches(
             encoded.states, layout.encoder_ids, segments, layout.segment_ids
