@@ -302,7 +302,7 @@ class PackIterator(grain.DatasetIterator):
             patches += int(starts[:size].sum()) if starts is not None else 0
             finished = self._place_piece(row, begin + filled, size, starts, filling, is_last)
             filled += size
-            filling.continues = not finished and self._document is not None
+            filling.continues = not finished
             if not finished:
                 break
             if layout.packing is Packing.ONE_DOCUMENT:
@@ -329,8 +329,8 @@ class PackIterator(grain.DatasetIterator):
         span, target_span = slice(at, at + size), slice(at, at + targets)
         if not filling.continues:
             filling.segment, filling.position = filling.segment + 1, 0
-            if at:  # the masked target at the join of two documents is the next one's first token
-                row["targets"][at - 1] = document.ids[offset]
+            if filling.end:  # the masked target of a document's end is the next one's first token
+                row["targets"][filling.end - 1] = document.ids[offset]
         row["tokens"][span] = document.ids[offset : offset + size]
         row["segment_ids"][span] = filling.segment
         row["positions"][span] = np.arange(size, dtype=np.int32) + filling.position
@@ -342,13 +342,16 @@ class PackIterator(grain.DatasetIterator):
             marks = starts[: size + 1]
             row["starts"][at : at + len(marks)] = marks
         filling.position += size
+        filling.end = at + size
         statistics.documents += offset == 0
         statistics.targets += targets
         statistics.bytes += int(counts.sum())
         finished = size == remaining
-        if remaining - targets <= 1:
+        if not finished and not is_last:
+            document.offset = offset + size
+        elif remaining - targets <= 1:
             self._document = None
-        elif is_last and self._layout.long_documents is LongDocuments.TRUNCATE:
+        elif self._layout.long_documents is LongDocuments.TRUNCATE:
             statistics.dropped_targets += remaining - 1 - targets
             statistics.dropped_bytes += int(document.bytes[offset + 1 + targets :].sum())
             self._document = None
@@ -359,10 +362,12 @@ class PackIterator(grain.DatasetIterator):
 
 @dataclasses.dataclass
 class _Filling:
-    """Where the packing of a row stands: segments so far, the position that its next token of an
-    unfinished document has, whether there is one, and whether the row has ended."""
+    """Where the packing of a row stands: segments so far, the index after its last token, the
+    position of the next one in its document, whether that document continues, and whether the row
+    has ended."""
 
     segment: int = 0
+    end: int = 0
     position: int = 0
     continues: bool = False
     ended: bool = False

@@ -145,6 +145,84 @@ def test_patch_packing_invariants(texts, length, max_patches, seed, mode):
     np.testing.assert_array_equal(found[found >= 0], target_starts[found >= 0])
 
 
+def without_gaps(batch, pieces):
+    """The rows with the padding between their pieces moved to the end."""
+    found = {name: np.zeros_like(value) for name, value in batch.items() if name != "starts"}
+    for row, segments in enumerate(batch["segment_ids"]):
+        real = np.flatnonzero(segments)
+        for piece in segments.reshape(pieces, -1):  # padding is at the end of a piece
+            assert not piece[(piece > 0).sum() :].any()
+        for name, values in found.items():
+            values[row, : len(real)] = batch[name][row, real]
+    return found
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    texts=TEXTS,
+    pieces=st.integers(2, 4),
+    patches=st.integers(2, 9),
+    halo=st.integers(0, 6),
+    seed=st.integers(0, 99),
+    mode=st.sampled_from(packing.Packing),
+)
+def test_pieces_hold_whole_patches(texts, pieces, patches, halo, seed, mode):
+    length, patcher = 12, seeded(seed)
+
+    def limited(index, ids):
+        starts = patcher(index, ids)
+        starts[::7] = True
+        return starts
+
+    rows = list(
+        batches(
+            texts,
+            limited,
+            sequence_length=pieces * length,
+            max_patches=pieces * patches,
+            row_pieces=pieces,
+            piece_halo=halo,
+            packing=mode,
+        )
+    )
+    check_rows([without_gaps(batch, pieces) for batch in rows])
+    np.testing.assert_array_equal(flat_targets(rows), expected_targets(texts))
+    for batch in rows:
+        shape = (2, pieces, length)
+        segments = batch["segment_ids"].reshape(shape)
+        starts = batch["starts"][:, :-1].reshape(shape) & (segments > 0)
+        assert starts.sum(-1).max() <= patches
+        assert starts[:, :, 0][segments[:, :, 0] > 0].all()
+        for row in range(2):
+            for piece in range(pieces - 1):
+                before, after = segments[row, piece], segments[row, piece + 1, 0]
+                used = (before > 0).sum()
+                if after and after == before[used - 1]:  # one document goes on
+                    assert batch["starts"][row, piece * length + used]
+                    assert (
+                        used >= halo
+                        or before[0] != after
+                        or piece == 0
+                        or (segments[row, piece - 1].max() != after)
+                    )
+
+
+def test_rows_without_patches_are_cut_where_they_fall():
+    plain, cut = (list(batches([bytes(range(50))] * 3, row_pieces=n)) for n in (1, 4))
+    for one, other in zip(plain, cut, strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_patch_longer_than_a_piece():
+    with pytest.raises(ValueError, match="a patch of document 0 is longer than a piece of 4 tok"):
+        list(batches([bytes(range(40))], strided(6), row_pieces=4, max_patches=16))
+    with pytest.raises(ValueError, match="max_patches is 6; it must be divisible by row_pieces=4"):
+        batches([b"a"], strided(6), row_pieces=4, max_patches=6)
+    with pytest.raises(ValueError, match="piece_halo is 5; it must be at most the 4 tokens"):
+        batches([b"a"], row_pieces=4, piece_halo=5)
+
+
 def test_row_closes_at_the_patch_boundary():
     rows = list(batches([bytes(range(20))], strided(4), max_patches=3, batch_size=1))
     first = rows[0]
