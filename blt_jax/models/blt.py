@@ -478,8 +478,9 @@ class BLT(Model):
         return config.num_encoder_cross_layers > 1 or config.kv_from is KeyValueSource.INPUT
 
     def example_inputs(self) -> tuple:
-        tokens = jnp.full((1, 8), 4, jnp.int32)
-        return tokens, jnp.ones((1, 9), bool)
+        pieces, halo = self.config.row_pieces, self.config.piece_halo
+        length = 8 if pieces == 1 else pieces * (halo + 1)
+        return jnp.full((1, length), 4, jnp.int32), jnp.ones((1, length + 1), bool)
 
     def __call__(
         self,

@@ -17,6 +17,8 @@ ROWS = (
     ("blt_proof_seeds", "BLT, entropy patches of 4, no hash n-grams", "entropy_4_no_ngrams"),
     ("blt_proof_seeds", "BLT, space patches", "space"),
     ("blt_proof_seeds", "BLT, entropy patches of that size", "entropy_as_space"),
+    ("blt_baseline", "Byte-level Llama 3 of the FLOPs of BLT `tiny`", "byte_llama"),
+    ("blt_baseline", "BPE Llama 3 of the FLOPs of BLT `tiny`", "bpe_llama"),
     ("llama3_tiny", "Byte-level Llama 3 `tiny`, held-out bits per byte", "bits_per_byte"),
     ("llama3_proof_seeds", "Llama 3, constant learning rate", "constant"),
     ("llama3_proof_seeds", "Llama 3, last fifth annealed", "annealed"),

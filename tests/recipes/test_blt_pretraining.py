@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blt_jax.dist.mesh import make_mesh
+from blt_jax.dist.mesh import MeshConfig, make_mesh
 from blt_jax.dist.sharding import init_params
 from blt_jax.interop import model_files
 from blt_jax.layers.transformer import TransformerConfig
@@ -16,6 +16,7 @@ from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
 from blt_jax.recipes import blt_pretraining as recipe
 from blt_jax.recipes.patch_figure import patch_figure
 from blt_jax.train.pretraining import Pretraining, make_context
+from blt_jax.train.writers import read_metrics
 from experiments import blt as runs
 
 
@@ -153,3 +154,30 @@ def test_rows_and_model_must_agree_on_the_number_of_patches():
     with pytest.raises(ValueError, match="max_patches=40"):
         dataclasses.replace(config, blt=dataclasses.replace(config.blt, data=data))
     assert isinstance(config.blt, Pretraining)
+
+
+def test_rows_in_pieces_train_alike_on_every_mesh(tmp_path):
+    """Context parallelism from the data to the losses; the mesh never changes a run."""
+    config = runs.smoke()
+    ngrams = blt.NgramConfig(sizes=(3, 4), vocab_size=252)
+    model = dataclasses.replace(config.blt.model, row_pieces=2, ngrams=ngrams)
+    data = dataclasses.replace(config.blt.data, row_pieces=2, piece_halo=model.piece_halo)
+    config = dataclasses.replace(
+        config,
+        blt=dataclasses.replace(config.blt, model=model, data=data, steps=3),
+        patcher=PatcherConfig(kind=PatcherKind.SPACE),
+        prompts=(),
+    )
+    numbers = []
+    for count, axes in ((1, {}), (4, {"fsdp": 2, "context": 2})):
+        mesh = make_mesh(MeshConfig(data=1, **axes), jax.devices()[:count])
+        folder = tmp_path / str(count)
+        numbers.append(config.run(make_context(folder, mesh, jax.random.key(0))))
+    for name in ("bits_per_byte", "padding_rate"):
+        np.testing.assert_allclose(numbers[1][name], numbers[0][name], rtol=1e-5, err_msg=name)
+    one, four = (read_metrics(tmp_path / folder)[0] for folder in ("1", "4"))
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(four[name], one[name], rtol=1e-5, err_msg=name)
+    short = dataclasses.replace(data, piece_halo=3)
+    with pytest.raises(ValueError, match="piece_halo=3; the model's windows and n-grams need"):
+        dataclasses.replace(config, blt=dataclasses.replace(config.blt, data=short))
