@@ -1,15 +1,19 @@
 """Checkpoints of a run: parameters, average, optimizer, data order; restored exactly or refused."""
 
 import base64
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from blt_jax.train import configs
+from blt_jax.dist.multihost import gather
 from blt_jax.train.optimizer import path_name
 from blt_jax.train.state import TrainState
 
@@ -30,32 +34,6 @@ class CheckpointingConfig:
             raise ValueError(f"CheckpointingConfig.every={self.every}: must be >= 0")
         if self.keep < 1:
             raise ValueError(f"CheckpointingConfig.keep={self.keep}: must be >= 1")
-
-
-class WorkdirError(ValueError):
-    """The workdir holds a run of another configuration."""
-
-
-def claim_workdir(workdir: pathlib.Path, config: Any) -> None:
-    """Writes `config.txt`, or checks that the one there is of the same configuration.
-
-    Raises WorkdirError listing the fields that differ. Fields that do not change what is computed
-    (mesh, sharding, logging, checkpointing) may differ.
-    """
-    path = pathlib.Path(workdir) / "config.txt"
-    new = configs.flatten(config)
-    if path.exists():
-        lines = configs.differences(configs.from_text(path.read_text()), new)
-        if lines:
-            raise WorkdirError(
-                f"workdir {workdir} holds a run of another configuration; choose another "
-                f"--workdir or remove it. Fields that differ:\n  " + "\n  ".join(lines)
-            )
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(configs.to_text(config))
-        partial.replace(path)
 
 
 def encode_data_state(state: Any) -> Any:
@@ -92,30 +70,25 @@ def decode_data_state(value: Any) -> Any:
     return value
 
 
-def _gather(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
-    if jax.process_count() == 1:
-        return [text]
-    from jax.experimental import multihost_utils
-
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+class CheckpointError(OSError):
+    """A checkpoint could not be written."""
 
 
-def _own_data_state(states: list[str]) -> Any:
-    """This process's data state; across process counts only if all processes shared one."""
-    if len(states) == jax.process_count():
-        return decode_data_state(json.loads(states[jax.process_index()]))
-    if len(set(states)) == 1:
-        return decode_data_state(json.loads(states[0]))
-    raise ValueError(
-        f"the checkpoint was saved by {len(states)} processes with different data states (packing "
-        f"is per process) and cannot be continued by {jax.process_count()}: use the same number"
-    )
+def unite_states(states: list[Any]) -> Any:
+    """One state from those of all processes: equal, or dictionaries of other or equal parts.
+
+    Raises ValueError where the processes disagree.
+    """
+    first = states[0]
+    if all(state == first for state in states[1:]):
+        return first
+    if not all(isinstance(state, dict) for state in states):
+        raise ValueError(
+            f"the data iterators of the processes disagree: {states}; every process must go "
+            "through the same batches"
+        )
+    names = dict.fromkeys(name for state in states for name in state)
+    return {name: unite_states([s[name] for s in states if name in s]) for name in names}
 
 
 def _leaves(tree: Any) -> dict[str, list]:
@@ -158,6 +131,7 @@ class Checkpoints:
         self.directory = str(directory)
         if "://" not in self.directory:
             self.directory = str(pathlib.Path(directory).absolute())
+        self._report_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -172,21 +146,45 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data_state: Any, extra: dict[str, Any]) -> None:
         """Starts to save; arrays are copied before this returns, files are written later.
 
-        data_state: of this process's data iterator. extra: JSON values.
+        data_state: of this process's data iterator; those of all processes are united, so that
+        any number of processes can continue. extra: JSON values.
         """
         ocp, items = self._ocp, _items(state)
+        encoded = json.dumps(encode_data_state(data_state))
         meta = {
             "leaves": {name: _leaves(tree) for name, tree in items.items()},
-            "data": _gather(json.dumps(encode_data_state(data_state))),
+            "data": unite_states([json.loads(text) for text in gather(encoded)]),
             "extra": extra,
         }
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args["meta"] = ocp.args.JsonSave(meta)
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        with self._as_checkpoint_error():
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def wait(self) -> None:
-        """Blocks until all saves have reached the disk; raises what failed."""
-        self._manager.wait_until_finished()
+        """Blocks until all saves have reached the disk; CheckpointError if one did not."""
+        with self._as_checkpoint_error():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _as_checkpoint_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # tensorstore's messages are long; the number of the system's error says why.
+            found = re.search(r"code='(\d+)'", str(error))
+            reason = os.strerror(int(found[1])) if found else str(error) or type(error).__name__
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.directory}: {reason}"
+            ) from error
+
+    def _report_unfinished(self) -> None:
+        from etils import epath
+
+        folder = epath.Path(self.directory)
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        for name in sorted(name for name in names if ".orbax-checkpoint-tmp" in name):
+            _say(f"checkpoint {name.split('.')[0]} in {self.directory} was never finished: removed")
 
     def reached_preemption(self, step: int) -> bool:
         """True when the cluster announced that the machine will be taken away."""
@@ -196,22 +194,30 @@ class Checkpoints:
         """Waits for the saves and releases the threads."""
         self._manager.close()
 
-    def _meta(self, step: int) -> dict[str, Any]:
-        args = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["meta"]
+    def _reader(self) -> Any:
+        """Reads without waiting for other processes: one of them may find its files damaged."""
+        ocp, own = self._ocp, jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+        )
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+        )
+        return ocp.Checkpointer(handler, multiprocessing_options=options)
 
     def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        meta = self._meta(step)
-        for name, tree in items.items():
-            if name not in meta["leaves"]:
-                raise LookupError(
-                    f"checkpoint {step} in {self.directory} has no {name!r}, "
-                    f"only {sorted(meta['leaves'])}"
-                )
-            where = f"checkpoint {step} in {self.directory}"
-            _check_leaves(meta["leaves"][name], _leaves(tree), where)
-        args = {name: self._ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        restored = self._manager.restore(step, args=self._ocp.args.Composite(**args))
+        from etils import epath
+
+        args, folder = self._ocp.args, epath.Path(self.directory) / str(step)
+        with contextlib.closing(self._reader()) as reader:
+            meta = reader.restore(folder, args.Composite(meta=args.JsonRestore()))["meta"]
+            for name, tree in items.items():
+                where = f"checkpoint {step} in {self.directory}"
+                if name not in meta["leaves"]:
+                    raise LookupError(f"{where} has no {name!r}, only {sorted(meta['leaves'])}")
+                _check_leaves(meta["leaves"][name], _leaves(tree), where)
+            wanted = {name: args.StandardRestore(tree) for name, tree in items.items()}
+            restored = reader.restore(folder, args.Composite(**wanted))
         return {name: restored[name] for name in items}, meta
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, Any, dict[str, Any]] | None:
@@ -222,18 +228,24 @@ class Checkpoints:
         name, shape or type raise ValueError.
         """
         for step in reversed(self.steps()):
+            problem = ""
             try:
                 items, meta = self._read(step, _items(abstract))
             except Exception as error:
                 if _is_mismatch(error):
                     raise
-                self._set_aside(step, error)
+                reason = str(error).strip().splitlines()
+                problem = f"{type(error).__name__}: {reason[0] if reason else ''}"
+            # Damage may be in the files of one process: all must go back together.
+            problem = next(filter(None, gather(problem)), "")
+            if problem:
+                self._set_aside(step, problem)
                 continue
             average = abstract.average
             if average is not None:
                 average = average.replace(**items["average"])
             state = TrainState(params=items["params"], average=average, **items["optimizer"])
-            return state, _own_data_state(meta["data"]), meta["extra"]
+            return state, decode_data_state(meta["data"]), meta["extra"]
         return None
 
     def restore_params(self, abstract: Any, *, averaged: bool = False) -> Any:
@@ -247,12 +259,10 @@ class Checkpoints:
         average = self._read(step, {"average": {"params": abstract, "count": count}})[0]
         return average["average"]["params"]
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        reason = str(error).strip().splitlines()
-        print(
-            f"checkpoint {step} in {self.directory} is damaged ({type(error).__name__}: "
-            f"{reason[0] if reason else ''}): falling back to the one before",
-            flush=True,
+    def _set_aside(self, step: int, problem: str) -> None:
+        _say(
+            f"checkpoint {step} in {self.directory} is damaged ({problem}): "
+            "falling back to the one before"
         )
         from etils import epath
 
@@ -268,6 +278,11 @@ class Checkpoints:
 
             multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
         self._manager.reload()
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _is_mismatch(error: Exception) -> bool:

@@ -32,7 +32,7 @@ def model():
 
 def test_spec():
     assert RULES.spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
-    assert RULES.spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert RULES.spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), "context", None)
 
 
 def test_unknown_name():
