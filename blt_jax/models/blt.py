@@ -50,7 +50,7 @@ from blt_jax.layers.projection import (
     truncated_normal,
 )
 from blt_jax.layers.rope import rope_table
-from blt_jax.layers.row_pieces import split, with_previous_tokens
+from blt_jax.layers.row_pieces import check_divisible, split, with_previous_tokens
 from blt_jax.layers.transformer import (
     Block,
     KeyValues,
@@ -108,17 +108,22 @@ VOCAB_SIZE = blt_patching.VOCAB_SIZE
 
 
 def check_inputs(
-    tokens: Array, starts: Array | None = None, segment_ids: Array | None = None
+    tokens: Array,
+    starts: Array | None = None,
+    segment_ids: Array | None = None,
+    pieces: int = 1,
 ) -> None:
     """Raises ValueError for inputs that would give a silently wrong result.
 
     Shapes and types always; values only outside jit, where they are known: ids outside 0..259
-    (padding is id 0 with segment 0, never -1), and documents whose first patch is not one token.
+    (padding is id 0 with segment 0, never -1), documents whose first patch is not one token, and
+    patches that reach over the end of one of the `pieces` of a row.
     """
     check_token_ids("tokens", tokens)
     B, N = tokens.shape
     if N == 0:
         raise ValueError("tokens is empty: a prompt needs at least the BOS id")
+    check_divisible(N, pieces, 1)
     if segment_ids is not None and segment_ids.shape != (B, N):
         raise ValueError(f"segment_ids has shape {segment_ids.shape}, tokens {(B, N)}")
     if starts is not None and starts.shape != (B, N + 1):
@@ -145,6 +150,14 @@ def check_inputs(
             raise ValueError(
                 f"starts[{row}, {index}] is false: the first and the second token of every "
                 "document start a patch, or bytes would see no complete patch"
+            )
+        size = N // pieces
+        cut = (segments > 0)[:, ::size] & ~np.asarray(starts)[:, :-1:size]
+        if cut.any():
+            row, index = np.argwhere(cut)[0]
+            raise ValueError(
+                f"starts[{row}, {index * size}] is false: every one of the {pieces} pieces of a "
+                "row begins with a patch (row_pieces)"
             )
 
 
@@ -496,7 +509,7 @@ class BLT(Model):
         documents; None: counted from segment_ids. emit_key_values: fill aux.key_values (prefill).
         Raises ValueError as `check_inputs` does.
         """
-        check_inputs(tokens, starts, segment_ids)
+        check_inputs(tokens, starts, segment_ids, self.config.row_pieces)
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:

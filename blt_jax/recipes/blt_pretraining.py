@@ -67,17 +67,8 @@ class BLTPretraining(Experiment):
             raise ValueError(f"BLTPretraining.blt.model={self.blt.model}: must be a BLTConfig")
         for phase in self.blt.all_phases:
             data, model = self.blt.phase_data(phase), phase.model or self.blt.model
-            for name in ("max_patches", "row_pieces"):
-                if getattr(data, name) != getattr(model, name):
-                    raise ValueError(
-                        f"BLTPretraining: the rows have {name}={getattr(data, name)}, the model "
-                        f"{getattr(model, name)}; they must be equal"
-                    )
-            if data.row_pieces > 1 and data.piece_halo < model.piece_halo:
-                raise ValueError(
-                    f"BLTPretraining: the rows have piece_halo={data.piece_halo}; the model's "
-                    f"windows and n-grams need {model.piece_halo}"
-                )
+            _check_rows(data, model, "max_patches", "row_pieces")
+            _check_rows(self.held_out, model, "row_pieces")
         needs_model = self.patcher.needs_entropies and not self.ngram_order
         if needs_model and self.entropy_model is None:
             raise ValueError(
@@ -195,6 +186,22 @@ class BLTPretraining(Experiment):
         sampling = SamplingConfig(temperature=0.8)
         return generate_texts(
             context, decoder, tokenizer, self.prompts, sampling, self.sample_bytes
+        )
+
+
+def _check_rows(data: DataConfig, model: blt.BLTConfig, *names: str) -> None:
+    for name in names:
+        if getattr(data, name) != getattr(model, name):
+            raise ValueError(
+                f"BLTPretraining: rows of the {data.split.name} split have "
+                f"{name}={getattr(data, name)}, the model {getattr(model, name)}; they must be "
+                "equal"
+            )
+    if data.row_pieces > 1 and data.piece_halo < model.piece_halo:
+        raise ValueError(
+            f"BLTPretraining: rows of the {data.split.name} split have "
+            f"piece_halo={data.piece_halo}; the model's windows and n-grams need "
+            f"{model.piece_halo}"
         )
 
 

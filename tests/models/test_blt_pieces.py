@@ -150,6 +150,10 @@ def test_bad_configurations():
     short = packed(sizes=(9, 8), padding=2)
     with pytest.raises(ValueError, match="18 cannot be divided into 4 pieces"):
         model.init(jax.random.key(0), short["tokens"], short["starts"], short["segment_ids"])
+    whole = packed(sizes=(9, 6), padding=2)
+    whole["starts"] = whole["starts"].at[:, 2:].set(False).at[:, 9:11].set(True)
+    with pytest.raises(ValueError, match=r"starts\[0, 4\] is false: every one of the 4 pieces"):
+        model.init(jax.random.key(0), whole["tokens"], whole["starts"], whole["segment_ids"])
     rules = ShardingRules(patches=())
     with (
         jax.set_mesh(make_mesh(MeshConfig(context=4))),

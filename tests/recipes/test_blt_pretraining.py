@@ -181,3 +181,7 @@ def test_rows_in_pieces_train_alike_on_every_mesh(tmp_path):
     short = dataclasses.replace(data, piece_halo=3)
     with pytest.raises(ValueError, match="piece_halo=3; the model's windows and n-grams need"):
         dataclasses.replace(config, blt=dataclasses.replace(config.blt, data=short))
+    whole = dataclasses.replace(runs.smoke().blt.data, repeat=False)
+    whole = dataclasses.replace(config.blt.evaluation, data=whole)
+    with pytest.raises(ValueError, match="have row_pieces=1, the model 2; they must be equal"):
+        dataclasses.replace(config, blt=dataclasses.replace(config.blt, evaluation=whole))
