@@ -2,10 +2,15 @@
 
 Fields of the config are overridden by flags, --config.model.num_layers=4, after --config. The
 same command again continues the run where it stopped. --list shows every run there is.
+
+On several processes the same command is started in each: a TPU pod, SLURM and Open MPI are
+recognised, elsewhere --coordinator=host:port --num_processes=4 --process_id=0 (to 3) say it.
 """
 
+import os
 import signal
 import sys
+import traceback
 from typing import Any
 
 from absl import flags
@@ -31,6 +36,12 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("list", False, "lists the runs of all experiments", flag_values=values)
     flags.DEFINE_string("experiments_dir", "experiments", "where --list looks", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes of this run", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
+    flags.DEFINE_string(
+        "profile_steps", None, "steps to profile, as 10:13; see docs/launch", flag_values=values
+    )
     flags.DEFINE_bool("help", False, "shows this help", short_name="h", flag_values=values)
     if not any(argument.lstrip("-") in ("list", "help", "h") for argument in argv[1:]):
         from blt_jax.train.launch import check_command_line
@@ -50,11 +61,45 @@ def _terminate(number: int, frame: Any) -> None:
 
 def run(values: flags.FlagValues) -> dict[str, float]:
     """Runs the parsed config in its workdir and prints its numbers."""
+    import jax
+
     from blt_jax.train import launch
 
     numbers = launch.run_experiment(values.config, values.workdir)
-    print(f"{launch.format_numbers(numbers)}\nresults, figures and report.html in {values.workdir}")
+    if jax.process_index() == 0:
+        print(launch.format_numbers(numbers))
+        print(f"results, figures and report.html in {values.workdir}", flush=True)
     return numbers
+
+
+def _check(values: flags.FlagValues) -> None:
+    """ValueError for flags that do not fit each other; applies those that change the config."""
+    from blt_jax.dist import multihost
+    from blt_jax.train import configs, launch
+
+    if not values.workdir:
+        raise ValueError("--workdir=<folder of the run> is missing")
+    if "://" in values.workdir:
+        raise ValueError(
+            f"--workdir={values.workdir}: must be a local or mounted folder; checkpoints may lie "
+            "in a bucket, --config.checkpointing.directory=gs://..."
+        )
+    multihost.check_cluster(values.coordinator, values.num_processes, values.process_id)
+    if values.profile_steps is not None:
+        launch.set_profile(values.config, values.profile_steps)
+    configs.validate(values.config)
+
+
+def _join_cluster(values: flags.FlagValues) -> None:
+    import jax
+
+    from blt_jax.dist import multihost
+    from blt_jax.train.launch import use_compile_cache
+
+    multihost.initialize(values.coordinator, values.num_processes, values.process_id)
+    folder = use_compile_cache()
+    if jax.process_index() == 0:
+        print(f"compiled programs are kept in {folder}" if folder else "no compile cache")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     for a wrong command line.
 
     argv: program name and arguments, None for those of this process, which then also joins its
-    cluster if there is one.
+    cluster if there is one and keeps compiled programs for the next run.
     """
     is_program, argv = argv is None, list(sys.argv if argv is None else argv)
     try:
@@ -75,33 +120,55 @@ def main(argv: list[str] | None = None) -> int:
 
             print(list_runs(values.experiments_dir))
             return 0
-        if not values.workdir:
-            raise ValueError("--workdir=<folder of the run> is missing")
-        from blt_jax.train import configs
-
-        configs.validate(values.config)
+        _check(values)
     except (ValueError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from blt_jax.dist import multihost
-    from blt_jax.train.checkpoint import WorkdirError
-    from blt_jax.train.loop import NonFiniteError, Preempted
-
     if is_program:
-        multihost.initialize()
-    former = signal.signal(signal.SIGTERM, _terminate)
+        _join_cluster(values)
+    return _guarded_run(values)
+
+
+def _guarded_run(values: flags.FlagValues) -> int:
+    """`run`; errors that a user can act upon are one line, and the exit status 1."""
+    import jax
+
+    from blt_jax.train.loop import NonFiniteError, Preempted
+    from blt_jax.train.workdir import WorkdirError
+
+    # On several processes jax listens to SIGTERM, so that all of them stop at one step.
+    alone = jax.process_count() == 1
+    former = signal.signal(signal.SIGTERM, _terminate) if alone else None
     try:
         run(values)
     except Preempted as stop:
-        print(stop, flush=True)
-    except (WorkdirError, MemoryError, NonFiniteError, FileNotFoundError) as error:
+        if jax.process_index() == 0:
+            print(stop, flush=True)
+    except (WorkdirError, MemoryError, NonFiniteError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, former)
+        if alone:
+            signal.signal(signal.SIGTERM, former)
     return 0
+
+
+def _program() -> int:
+    """`main`; a process of several that fails ends at once, or the others would wait for it."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    import jax
+
+    if status and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":
     use_huge_pages()
-    sys.exit(main())
+    sys.exit(_program())

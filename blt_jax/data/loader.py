@@ -1,12 +1,14 @@
-"""The input pipeline: sources, shuffling, host sharding, tokenizing, packing, prefetch.
+"""The input pipeline: sources, shuffling, tokenizing, packing, sharding, prefetch.
 
-Batches are dicts of numpy arrays with a leading batch axis; see `loader`.
+Batches are dicts of numpy arrays with a leading batch axis; see `loader`. They depend on the
+config and the number of the batch, not on how many processes there are: every process packs the
+stream and keeps the rows of its devices.
 """
 
 import atexit
 import dataclasses
-import enum
 import hashlib
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,7 @@ import grain
 import numpy as np
 
 from blt_jax.data.packing import (
+    SHARDS,
     LongDocuments,
     Packing,
     PackIterDataset,
@@ -26,23 +29,11 @@ from blt_jax.data.sources import ConcatenatedSource, Document, SourceConfig, Spl
 from blt_jax.data.tokenizers import Tokenizer, TokenizerConfig, encode_document
 
 
-class HostSharding(enum.Enum):
-    """How processes share a repeated stream.
-
-    DOCUMENTS: each reads its own part of every epoch; resumes with the same process count.
-    ROWS: each packs everything and keeps its rows; the state is the same everywhere and
-    resumes with any process count. Finite passes always share rows.
-    """
-
-    DOCUMENTS = "documents"
-    ROWS = "rows"
-
-
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class DataConfig:
     """What is read and how it becomes batches.
 
-    `batch_size` rows over all processes, of `sequence_length` input tokens (and with
+    `batch_size` rows of all processes together, of `sequence_length` input tokens (and with
     `max_patches`, at most so many patches) each. With `repeat` the stream has no end, every
     epoch is shuffled anew and documents are drawn from the sources by weight (of documents);
     without it every document of every source comes once and nothing is dropped.
@@ -50,6 +41,9 @@ class DataConfig:
     the rows of a batch come from different documents; 0 keeps rows in the order of documents.
     For context parallelism, rows are cut into `row_pieces` of whole patches, each with its share of
     `max_patches`; a document continues only over pieces of at least `piece_halo` tokens.
+    With `num_shards` S > 1 and `repeat`, S parts of the documents are packed apart, each into its
+    own batch_size / S rows of every batch, and a process packs only the parts that it keeps rows
+    of: for pods where one process cannot tokenize and patch everything in a step's time.
     `num_threads` read and tokenize documents, `prefetch` batches are made ahead; 0 is off.
     """
 
@@ -66,7 +60,7 @@ class DataConfig:
     shuffle: bool = True
     shuffle_rows: int = 512
     repeat: bool = True
-    host_sharding: HostSharding = HostSharding.DOCUMENTS
+    num_shards: int = 1
     seed: int = 0
     num_threads: int = 2
     prefetch: int = 2
@@ -74,7 +68,7 @@ class DataConfig:
     def __post_init__(self):
         if not isinstance(self.sources, tuple) or not self.sources:
             raise ValueError(f"sources is {self.sources!r}; it must be a non-empty tuple")
-        for name in ("batch_size", "sequence_length", "row_pieces"):
+        for name in ("batch_size", "sequence_length", "num_shards", "row_pieces"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         sizes = ("max_patches", "piece_halo", "shuffle_rows", "num_threads", "prefetch")
@@ -91,6 +85,11 @@ class DataConfig:
             raise ValueError(
                 f"piece_halo is {self.piece_halo}; it must be at most the"
                 f" {self.sequence_length // self.row_pieces} tokens of a piece"
+            )
+        if self.batch_size % self.num_shards:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be divisible by num_shards "
+                f"{self.num_shards}"
             )
         if self.long_documents is LongDocuments.TRUNCATE and not self.repeat:
             raise ValueError(
@@ -120,41 +119,59 @@ def loader(
     *,
     tokenizer: Tokenizer | None = None,
     patcher: Patcher | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     documents: ConcatenatedSource | None = None,
 ) -> grain.IterDataset:
-    """Batches for one process: numpy arrays whose leading axis is batch_size / process_count.
+    """Batches of numpy arrays whose leading axis are the given `rows` of each batch, None for all.
 
     "tokens", "targets", "segment_ids" (1.. per row, 0 = padding), "positions" (from 0 in each
     segment), "target_bytes": int32 [B, N]; "target_mask": bool [B, N]; with a patcher "starts":
     bool [B, N+1]. `patcher(index, ids)` gives the start mask of one document, `index` as in
-    `open_documents(config)`. Processes share the stream as `HostSharding` says and always
-    yield the same number of batches. Iterators have get_state and set_state.
+    `open_documents(config)`. Iterators have get_state and set_state; the state is the same for
+    any `rows`, except that with `num_shards` it holds the shards that have such rows.
 
     Raises:
-      ValueError: process_count does not divide batch_size; max_patches without a patcher.
+      ValueError: rows outside of the batch or not increasing; max_patches without a patcher.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}; it must be in 0..{process_count - 1}")
-    if config.batch_size % process_count:
+    rows = range(config.batch_size) if rows is None else rows
+    increasing = all(a < b for a, b in itertools.pairwise(rows))
+    if not rows or not increasing or rows[0] < 0 or rows[-1] >= config.batch_size:
         raise ValueError(
-            f"batch_size {config.batch_size} is not divisible by {process_count} processes"
+            f"rows are {list(rows)}; they must increase, within 0..{config.batch_size - 1}"
         )
     if config.max_patches and patcher is None:
         raise ValueError(f"max_patches is {config.max_patches}, but no patcher was given")
     tokenizer = config.tokenizer.build() if tokenizer is None else tokenizer
     documents = open_documents(config) if documents is None else documents
-    own_documents = config.repeat and config.host_sharding is HostSharding.DOCUMENTS
-    share = slice(process_index, None, process_count) if own_documents else slice(None)
-    stream = _document_stream(config, documents, share).map(_Tokenize(tokenizer))
-    rows_per_process = config.batch_size // process_count
-    first = process_index * rows_per_process
-    rows = rows_per_process if own_documents else config.batch_size
-    kept = slice(None) if own_documents else slice(first, first + rows_per_process)
+    num_shards = config.num_shards if config.repeat else 1
+    size = config.batch_size // num_shards
+    kept: dict[int, list[int]] = {}
+    for row in rows:
+        kept.setdefault(row // size, []).append(row % size)
+    parts = {
+        shard: _packed_shard(config, documents, tokenizer, patcher, (shard, num_shards), own)
+        for shard, own in kept.items()
+    }
+    dataset = parts[0] if num_shards == 1 else _JoinedShards(parts)
+    if config.prefetch:
+        dataset = _ThreadPrefetch(dataset, prefetch_buffer_size=config.prefetch)
+    return dataset
+
+
+def _packed_shard(
+    config: DataConfig,
+    documents: ConcatenatedSource,
+    tokenizer: Tokenizer,
+    patcher: Patcher | None,
+    shard: tuple[int, int],
+    kept: list[int],
+) -> grain.IterDataset:
+    """The `kept` rows of one shard (number, of how many) of every batch."""
+    rows = config.batch_size // shard[1]
     mixes_rows = config.shuffle and config.repeat and config.shuffle_rows > 0
+    stream = _document_stream(config, documents, slice(shard[0], None, shard[1]))
     packed: grain.IterDataset = PackIterDataset(
-        stream.to_iter_dataset(
+        stream.map(_Tokenize(tokenizer)).to_iter_dataset(
             grain.ReadOptions(
                 num_threads=config.num_threads, prefetch_buffer_size=4 * config.num_threads
             )
@@ -169,28 +186,60 @@ def loader(
             halo=config.piece_halo,
         ),
         rows=1 if mixes_rows else rows,
-        kept=slice(None) if mixes_rows else kept,
         tokenizer=tokenizer,
         patcher=patcher,
-        identity=(
-            process_index if own_documents else 0,
-            process_count if own_documents else 1,
-            config.batch_size,
-            config.sequence_length,
-        ),
+        identity=(*shard, config.batch_size, config.sequence_length),
     )
     if mixes_rows:
         packed = grain.experimental.WindowShuffleIterDataset(
-            packed, window_size=config.shuffle_rows, seed=_shuffle_seed(config.seed, -1)
+            packed, window_size=config.shuffle_rows, seed=_shuffle_seed(config.seed, -1 - shard[0])
         )
-        packed = packed.batch(rows, batch_fn=lambda parts: _join_rows(parts, kept))
-    if config.prefetch:
-        packed = _ThreadPrefetch(packed, prefetch_buffer_size=config.prefetch)
-    return packed
+        packed = packed.batch(rows, batch_fn=_join_rows)
+    return packed if len(kept) == rows else packed.map(_KeepRows(kept))
 
 
-def _join_rows(parts: Sequence[dict[str, Any]], kept: slice) -> dict[str, Any]:
-    return {name: np.concatenate([part[name] for part in parts])[kept] for name in parts[0]}
+def _join_rows(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class _KeepRows(grain.transforms.Map):
+    """The given rows of a batch."""
+
+    def __init__(self, rows: Sequence[int]):
+        self._rows = np.asarray(rows)
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        return {name: values[self._rows] for name, values in element.items()}
+
+
+class _JoinedShards(grain.IterDataset):
+    """Batches whose rows are those of several shards, one after another."""
+
+    def __init__(self, parts: dict[int, grain.IterDataset]):
+        super().__init__(tuple(parts.values()))
+        self._shards = tuple(parts)
+
+    def __iter__(self) -> "_JoinedIterator":
+        parts = [iter(parent) for parent in self._parents]
+        return _JoinedIterator(dict(zip(self._shards, parts, strict=True)))
+
+
+class _JoinedIterator(grain.DatasetIterator):
+    """Its state holds the state of each shard by number: that of all processes is their union."""
+
+    def __init__(self, parts: dict[int, grain.DatasetIterator]):
+        super().__init__(tuple(parts.values()))
+        self._parts = parts
+
+    def __next__(self) -> dict[str, Any]:
+        return _join_rows([next(part) for part in self._parts.values()])
+
+    def get_state(self) -> dict[str, Any]:
+        return {SHARDS: {str(shard): part.get_state() for shard, part in self._parts.items()}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for shard, part in self._parts.items():
+            part.set_state(state[SHARDS][str(shard)])
 
 
 _open_iterators: weakref.WeakSet = weakref.WeakSet()
@@ -246,8 +295,8 @@ def _document_stream(
         if config.shuffle:
             part = part.shuffle(seed=_shuffle_seed(config.seed, number))
         if config.repeat:
-            # Sharded after the repetition: epochs of a length that the processes do not
-            # divide still reach every document.
+            # Sharded after the repetition: epochs of a length that the shards do not divide
+            # still reach every document.
             part = part.repeat()[share]
         parts.append(part)
     if len(parts) == 1:

@@ -29,6 +29,10 @@ Patcher = Callable[[int, Any], Any]
 """(document index, ids int32 [n]) -> bool [n], true where a patch starts."""
 
 
+SHARDS = "shards"
+"""Key of a state that holds the states of several shards."""
+
+
 class Packing(enum.Enum):
     """CONCATENATE: documents back to back. ONE_DOCUMENT: one document (piece) per row."""
 
@@ -134,9 +138,9 @@ class _Cursor:
 class PackIterDataset(grain.IterDataset):
     """Batches of packed rows from `TokenizedDocument`s; see the module's text for the rules.
 
-    `rows` rows are packed per batch, and `kept` (a range of rows) of them are yielded. A finite
-    parent ends with a batch filled up with padding rows. `get_state` is exact between batches,
-    also where a document is half consumed.
+    A batch has `rows` rows. A finite parent ends with a batch filled up with padding rows.
+    `get_state` is exact between batches, also where a document is half consumed. `identity`:
+    (shard, number of shards, batch size, row length), which a restored state must have too.
     """
 
     def __init__(
@@ -147,7 +151,6 @@ class PackIterDataset(grain.IterDataset):
         rows: int,
         tokenizer: Tokenizer,
         patcher: Patcher | None = None,
-        kept: slice = slice(None),
         identity: tuple[int, ...] = (),
     ):
         super().__init__(parent)
@@ -156,7 +159,6 @@ class PackIterDataset(grain.IterDataset):
             "rows": rows,
             "tokenizer": tokenizer,
             "patcher": patcher,
-            "kept": kept,
             "identity": identity,
         }
 
@@ -178,11 +180,10 @@ class PackIterator(grain.DatasetIterator):
         rows: int,
         tokenizer: Tokenizer,
         patcher: Patcher | None,
-        kept: slice,
         identity: tuple[int, ...],
     ):
         super().__init__(parent)
-        self._layout, self._rows, self._kept = layout, rows, kept
+        self._layout, self._rows = layout, rows
         self._tokenizer, self._patcher = tokenizer, patcher
         self._identity = list(identity)
         self._statistics = PackingStatistics()
@@ -199,7 +200,7 @@ class PackIterator(grain.DatasetIterator):
                 break
             self._fill_row({name: values[row] for name, values in batch.items()})
         self._statistics.positions += self._rows * self._layout.sequence_length
-        return {name: values[self._kept] for name, values in batch.items()}
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         document = self._document
@@ -218,9 +219,9 @@ class PackIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         if list(state["identity"]) != self._identity:
             raise ValueError(
-                f"the data state was saved with (process index, process count, batch size, row"
-                f" length) {tuple(state['identity'])}, this loader has {tuple(self._identity)}:"
-                " packed rows resume only with the same"
+                f"the data state was saved with (shard, number of shards, batch size, row length)"
+                f" {tuple(state['identity'])}, this loader has {tuple(self._identity)}: packed"
+                " rows resume only with the same"
             )
         self._document = None
         self._parent.set_state(copy.deepcopy(state["parent"]))
@@ -393,13 +394,18 @@ def check_starts(starts: Any, index: int, length: int) -> Bool[np.ndarray, "n"]:
 def statistics_from_state(state: dict[str, Any]) -> PackingStatistics:
     """The packing statistics in the state of a loader's iterator.
 
-    As of its last batch; where rows are shuffled, as of the last full window of rows.
+    As of its last batch; where rows are shuffled, as of the last full window of rows. Counts of
+    several shards are added.
 
     Raises:
       ValueError: the state is not one of a packed loader.
     """
     inner: Any = state
     while isinstance(inner, dict):
+        if SHARDS in inner:
+            parts = [statistics_from_state(part) for part in inner[SHARDS].values()]
+            names = [field.name for field in dataclasses.fields(PackingStatistics)]
+            return PackingStatistics(**{n: sum(getattr(p, n) for p in parts) for n in names})
         if "statistics" in inner:
             return PackingStatistics(**inner["statistics"])
         inner = inner.get("parent", inner.get("parent_window_start_state"))

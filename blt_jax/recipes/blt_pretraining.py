@@ -20,6 +20,7 @@ import numpy as np
 from blt_jax.data.loader import DataConfig, evaluation_config, open_documents
 from blt_jax.data.tokenizers import ByteTokenizer, encode_document
 from blt_jax.decoding.sampling import SamplingConfig
+from blt_jax.dist.multihost import local_copy, text_of_first
 from blt_jax.interop import model_files
 from blt_jax.models import blt
 from blt_jax.models.blt_decode import BLTDecoder
@@ -32,7 +33,7 @@ from blt_jax.models.blt_patching import (
     reset_segments,
 )
 from blt_jax.recipes.patch_figure import patch_figure
-from blt_jax.recipes.samples import encode_prompts, generate_texts
+from blt_jax.recipes.samples import encode_prompts, generate_texts, samples_wanted
 from blt_jax.train.configs import differences, flatten, from_text, to_text
 from blt_jax.train.pretraining import Context, Experiment, Fit, Pretraining
 
@@ -105,7 +106,8 @@ class BLTPretraining(Experiment):
                 entropies.fill(take_bytes(tokenized_documents(data), self.precomputed_bytes))
         patcher = self._calibrated(sample, entropies)
         sizes = _patch_sizes(patcher, sample, entropies)
-        model_files.save_patcher(context.workdir, patcher)
+        if jax.process_index() == 0:
+            model_files.save_patcher(context.workdir, patcher)
 
         def starts(index: int, tokens: np.ndarray) -> np.ndarray:
             del index  # documents are recognised by their content: splits number them alike
@@ -115,7 +117,8 @@ class BLTPretraining(Experiment):
         numbers = {**fit.metrics, **sizes}
         numbers["held_out_patch_size"] = numbers.pop("patched_bytes") / numbers.pop("patches")
         self._figure(context, patcher, entropies)
-        if self.prompts and self.sample_bytes and not (entropies and entropy_fit is None):
+        decodable = entropies is None or entropy_fit is not None
+        if decodable and samples_wanted(self.prompts, self.sample_bytes):
             numbers |= self._generate(context, fit, entropy_fit, patcher)
         if entropy_fit is not None:
             numbers |= {f"entropy_model_{k}": v for k, v in entropy_fit.metrics.items()}
@@ -131,8 +134,10 @@ class BLTPretraining(Experiment):
             documents = tokenized_documents(self.blt.data)
             return None, DocumentEntropies(CrossFittedNgrams.build(documents, self.ngram_order))
         fit = self.entropy_model.fit(shared_context(context, "entropy_model", self.entropy_model))
+        # Input pipelines of several processes ask at their own pace: each has its own copy.
+        params = local_copy(fit.params)
         compute = functools.partial(
-            model_entropies, fit.model, fit.params, reset_at_newline=self.patcher.reset_at_newline
+            model_entropies, fit.model, params, reset_at_newline=self.patcher.reset_at_newline
         )
         return fit, DocumentEntropies(compute)
 
@@ -143,7 +148,8 @@ class BLTPretraining(Experiment):
             return None
         documents = take_bytes(tokenized_documents(self.blt.data), self.precomputed_bytes)
         tables = build_ngram_tables(documents, ngrams.sizes, ngrams.vocab_size)
-        model_files.save_ngram_tables(context.workdir, tables)
+        if jax.process_index() == 0:
+            model_files.save_ngram_tables(context.workdir, tables)
         return lambda config: config.build(self.blt.sharding, ngram_tables=tables)
 
     def _calibrated(self, sample: list[np.ndarray], entropies) -> PatcherConfig:
@@ -200,7 +206,8 @@ def shared_context(context: Context, name: str, config: Pretraining) -> Context:
     key = jax.random.key(config.seed)
     child = context.shared_child(name, key)
     previous = child.workdir / "config.txt"
-    if previous.exists() and differences(from_text(previous.read_text()), flatten(config)):
+    found = text_of_first(previous.read_text() if previous.exists() else "")
+    if found and differences(from_text(found), flatten(config)):
         checksum = zlib.crc32(to_text(config).encode())
         child = context.shared_child(f"{name}_{checksum:08x}", key)
     return child

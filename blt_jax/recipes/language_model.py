@@ -5,12 +5,14 @@ The byte-level and BPE baselines of the suite are runs of this recipe.
 
 import dataclasses
 
+import jax
+
 from blt_jax.data.loader import open_documents
 from blt_jax.data.tokenizers import Tokenizer, train_bpe
 from blt_jax.decoding.decoder import TransformerDecoder
 from blt_jax.decoding.sampling import SamplingConfig
 from blt_jax.models.llama3 import Llama3Config
-from blt_jax.recipes.samples import encode_prompts, generate_texts
+from blt_jax.recipes.samples import encode_prompts, generate_texts, samples_wanted
 from blt_jax.train.pretraining import Context, Pretraining
 
 
@@ -44,7 +46,7 @@ class LanguageModel(Pretraining):
         tokenizer = self._tokenizer(context)
         fit = self.fit(context, tokenizer=tokenizer)
         numbers = dict(fit.metrics)
-        if self.prompts and self.sample_tokens:
+        if samples_wanted(self.prompts, self.sample_tokens):
             _, lengths = encode_prompts(tokenizer, self.prompts)
             capacity = int(lengths.max()) + self.sample_tokens
             decoder = TransformerDecoder.create(fit.model, fit.params, capacity)
@@ -63,4 +65,5 @@ class LanguageModel(Pretraining):
             return self.data.tokenizer.build()
         documents = open_documents(self.data)
         texts = (documents[index].text for index in range(len(documents)))
-        return train_bpe(texts, self.bpe_vocab_size, str(context.workdir / "tokenizer.json"))
+        path = str(context.workdir / "tokenizer.json") if jax.process_index() == 0 else ""
+        return train_bpe(texts, self.bpe_vocab_size, path)

@@ -21,6 +21,17 @@ def encode_prompts(tokenizer: Tokenizer, prompts: tuple[str, ...]) -> tuple[np.n
     return tokens, np.array([len(prompt) for prompt in ids], np.int32)
 
 
+def samples_wanted(prompts: tuple[str, ...], max_new_tokens: int) -> bool:
+    """Whether texts are to be generated at the end of a run: not on several processes."""
+    if not (prompts and max_new_tokens):
+        return False
+    if jax.process_count() > 1:
+        if jax.process_index() == 0:
+            print("no samples on several processes: use python -m blt_jax.generate", flush=True)
+        return False
+    return True
+
+
 def generate_texts(
     context: Context,
     decoder: Decoder,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from blt_jax.train import configs
+from blt_jax.dist.multihost import gather
 from blt_jax.train.optimizer import path_name
 from blt_jax.train.state import TrainState
 
@@ -30,32 +30,6 @@ class CheckpointingConfig:
             raise ValueError(f"CheckpointingConfig.every={self.every}: must be >= 0")
         if self.keep < 1:
             raise ValueError(f"CheckpointingConfig.keep={self.keep}: must be >= 1")
-
-
-class WorkdirError(ValueError):
-    """The workdir holds a run of another configuration."""
-
-
-def claim_workdir(workdir: pathlib.Path, config: Any) -> None:
-    """Writes `config.txt`, or checks that the one there is of the same configuration.
-
-    Raises WorkdirError listing the fields that differ. Fields that do not change what is computed
-    (mesh, sharding, logging, checkpointing) may differ.
-    """
-    path = pathlib.Path(workdir) / "config.txt"
-    new = configs.flatten(config)
-    if path.exists():
-        lines = configs.differences(configs.from_text(path.read_text()), new)
-        if lines:
-            raise WorkdirError(
-                f"workdir {workdir} holds a run of another configuration; choose another "
-                f"--workdir or remove it. Fields that differ:\n  " + "\n  ".join(lines)
-            )
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(configs.to_text(config))
-        partial.replace(path)
 
 
 def encode_data_state(state: Any) -> Any:
@@ -92,30 +66,21 @@ def decode_data_state(value: Any) -> Any:
     return value
 
 
-def _gather(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
-    if jax.process_count() == 1:
-        return [text]
-    from jax.experimental import multihost_utils
+def unite_states(states: list[Any]) -> Any:
+    """One state from those of all processes: equal, or dictionaries of other or equal parts.
 
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
-
-
-def _own_data_state(states: list[str]) -> Any:
-    """This process's data state; across process counts only if all processes shared one."""
-    if len(states) == jax.process_count():
-        return decode_data_state(json.loads(states[jax.process_index()]))
-    if len(set(states)) == 1:
-        return decode_data_state(json.loads(states[0]))
-    raise ValueError(
-        f"the checkpoint was saved by {len(states)} processes with different data states (packing "
-        f"is per process) and cannot be continued by {jax.process_count()}: use the same number"
-    )
+    Raises ValueError where the processes disagree.
+    """
+    first = states[0]
+    if all(state == first for state in states[1:]):
+        return first
+    if not all(isinstance(state, dict) for state in states):
+        raise ValueError(
+            f"the data iterators of the processes disagree: {states}; every process must go "
+            "through the same batches"
+        )
+    names = dict.fromkeys(name for state in states for name in state)
+    return {name: unite_states([s[name] for s in states if name in s]) for name in names}
 
 
 def _leaves(tree: Any) -> dict[str, list]:
@@ -172,12 +137,14 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data_state: Any, extra: dict[str, Any]) -> None:
         """Starts to save; arrays are copied before this returns, files are written later.
 
-        data_state: of this process's data iterator. extra: JSON values.
+        data_state: of this process's data iterator; those of all processes are united, so that
+        any number of processes can continue. extra: JSON values.
         """
         ocp, items = self._ocp, _items(state)
+        encoded = json.dumps(encode_data_state(data_state))
         meta = {
             "leaves": {name: _leaves(tree) for name, tree in items.items()},
-            "data": _gather(json.dumps(encode_data_state(data_state))),
+            "data": unite_states([json.loads(text) for text in gather(encoded)]),
             "extra": extra,
         }
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -233,7 +200,7 @@ class Checkpoints:
             if average is not None:
                 average = average.replace(**items["average"])
             state = TrainState(params=items["params"], average=average, **items["optimizer"])
-            return state, _own_data_state(meta["data"]), meta["extra"]
+            return state, decode_data_state(meta["data"]), meta["extra"]
         return None
 
     def restore_params(self, abstract: Any, *, averaged: bool = False) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from blt_jax.dist.multihost import text_of_first
 from blt_jax.train import configs
-from blt_jax.train.checkpoint import claim_workdir
 from blt_jax.train.pretraining import Context, Experiment
+from blt_jax.train.workdir import claim_workdir
 from blt_jax.train.writers import read_metrics, read_results
 
 
@@ -110,7 +111,7 @@ def _run_child(context: Context, part: str, experiment: Experiment) -> dict[str,
     child = context.child(part, key=jax.random.key(experiment.seed))
     claim_workdir(child.workdir, experiment)
     child.claimed, child.shared = True, context.shared or context.workdir / "shared"
-    finished = read_results(child.workdir)
+    finished = json.loads(text_of_first(json.dumps(read_results(child.workdir))))
     if finished is not None:
         return finished["numbers"]
     if jax.process_index() == 0:

@@ -1,11 +1,14 @@
 """The launcher's work: experiment files, checked overrides, running a config in a workdir."""
 
+import dataclasses
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import time
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,8 +16,9 @@ from jax.sharding import Mesh
 
 from blt_jax.dist.mesh import make_mesh
 from blt_jax.train import configs
-from blt_jax.train.checkpoint import claim_workdir
+from blt_jax.train.loop import LoggingConfig
 from blt_jax.train.pretraining import Experiment, make_context
+from blt_jax.train.workdir import claim_workdir, locked_workdir
 
 
 def load_experiment_file(path: str | pathlib.Path) -> types.ModuleType:
@@ -89,20 +93,62 @@ def check_command_line(argv: list[str]) -> None:
             del negated
 
 
+def set_profile(config: Any, steps: str) -> None:
+    """Has every training of a config tree traced by the profiler, for the steps `10:13`.
+
+    Steps count from 0 at the start of this process; 10:13 are three. Raises ValueError for
+    another form.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", steps)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(f"--profile_steps={steps}: must be first:last+1, as 10:13")
+    for logging in _logging_configs(config):
+        logging.profile_start = int(match[1])
+        logging.profile_steps = int(match[2]) - int(match[1])
+
+
+def _logging_configs(config: Any) -> Iterator[LoggingConfig]:
+    if isinstance(config, LoggingConfig):
+        yield config
+    elif isinstance(config, tuple):
+        for item in config:
+            yield from _logging_configs(item)
+    elif dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            yield from _logging_configs(getattr(config, field.name))
+
+
+def use_compile_cache() -> str:
+    """Keeps compiled programs for later runs; returns the folder, "" if the user has it off.
+
+    `JAX_COMPILATION_CACHE_DIR` wins (an empty value is off); otherwise `blt_jax/compiled` in the
+    user's cache folder.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(root) / "blt_jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    return jax.config.jax_compilation_cache_dir or ""
+
+
 def run_experiment(
     experiment: Experiment, workdir: str | pathlib.Path, mesh: Mesh | None = None
 ) -> dict[str, float]:
     """Runs a validated config in `workdir`: numbers, results.json and report.html.
 
-    Raises ValueError if the workdir holds another configuration.
+    Raises WorkdirError if the workdir holds another configuration or another job runs in it.
     """
-    from blt_jax.train.report import write_report
-
-    started = time.perf_counter()
     configs.validate(experiment)
     if not isinstance(experiment, Experiment):
         raise TypeError(f"a run's config must be an Experiment, not {type(experiment).__name__}")
-    workdir = pathlib.Path(workdir)
+    with locked_workdir(workdir):
+        return _run(experiment, pathlib.Path(workdir), mesh)
+
+
+def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> dict[str, float]:
+    from blt_jax.train.report import write_report
+
+    started = time.perf_counter()
     claim_workdir(workdir, experiment)
     mesh = make_mesh(experiment.mesh) if mesh is None else mesh
     context = make_context(workdir, mesh, jax.random.key(experiment.seed))

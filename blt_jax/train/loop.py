@@ -43,7 +43,8 @@ class NonFiniteError(ArithmeticError):
 class LoggingConfig:
     """every: steps between progress lines. tensorboard: write event files. quiet: print nothing.
 
-    profile_start, profile_steps: window traced by the profiler into `profile`, 0 steps for none.
+    profile_start, profile_steps: window traced by the profiler of process 0 into the folder
+    `profile`, in steps since the start of the process; 0 steps for none.
     """
 
     every: int = 10
@@ -180,6 +181,7 @@ def train(
         try:
             return loop.run(make_state, abstract, sigterm)
         finally:
+            loop.end_profile()
             loop.progress.close()
             # Also after an error: the last good checkpoint must reach the disk.
             checkpoints.wait()
@@ -200,6 +202,7 @@ class _Loop:
         self.step_seconds = math.nan
         self.devices = list(mesh.devices.flat)
         self.evaluate, self.evaluate_every = None, 0
+        self.tracing = False
         self.progress = Progress(0)
         self.compiled: dict[Any, Any] = {}
         self.clock = time.perf_counter()
@@ -300,7 +303,7 @@ class _Loop:
         step, state, data = self.restore(make_state, abstract)
         if not self.logging.quiet:
             self.progress = Progress(self.total, step)
-        start, trace = step, False
+        start = step
         batches = source = None
         if step and self.evaluation_due(step):  # stopped between the step and its evaluation
             self.run_evaluation(step, state)
@@ -319,12 +322,12 @@ class _Loop:
                 if compiled is None:
                     self.flush()
                     compiled = self.compile(stage, state, batch, host_batch)
+                self.profile(step - start)
                 state, metrics = compiled(state, batch)
                 step += 1
                 self.flush()
-                rows = next(iter(host_batch.values())).shape[0] * jax.process_count()
+                rows = math.prod(next(iter(batch.values())).shape[:2])
                 self.pending = (step, metrics, stage, rows)
-                trace = self.profile(step - start, trace)
                 stopped = sigterm.received or self.checkpoints.reached_preemption(step)
                 evaluating = self.evaluation_due(step) and not stopped
                 saving = self.save_every and step % self.save_every == 0
@@ -361,14 +364,21 @@ class _Loop:
         self.clock = time.perf_counter()
         return self.compiled[stage.step, shapes]
 
-    def profile(self, taken: int, trace: bool) -> bool:
-        if not self.logging.profile_steps:
-            return False
-        if taken == self.logging.profile_start and not trace:
+    def profile(self, taken: int) -> None:
+        """Starts or ends the trace before the step that follows `taken` steps."""
+        first, steps = self.logging.profile_start, self.logging.profile_steps
+        if not steps or jax.process_index():
+            return
+        if taken == first:
+            self.flush()  # nothing of the step before is in the trace
             jax.profiler.start_trace(str(self.writer.workdir / "profile"))
-            return True
-        if trace and taken >= self.logging.profile_start + self.logging.profile_steps:
+            self.tracing = True
+        elif taken == first + steps:
             self.flush()
+            self.end_profile()
+
+    def end_profile(self) -> None:
+        if self.tracing:
+            self.tracing = False
             jax.profiler.stop_trace()
-            return False
-        return trace
+            self.say(f"profile in {self.writer.workdir / 'profile'}")

@@ -19,14 +19,15 @@ from blt_jax.dist.mesh import MeshConfig
 from blt_jax.dist.sharding import ShardingRules
 from blt_jax.layers.model import Model, ModelConfig
 from blt_jax.train import state as state_lib
-from blt_jax.train.checkpoint import CheckpointingConfig, Checkpoints, claim_workdir
+from blt_jax.train.checkpoint import CheckpointingConfig, Checkpoints
 from blt_jax.train.config_json import write_model_config
 from blt_jax.train.evaluate import evaluate
 from blt_jax.train.loop import LoggingConfig, LoopResult, Stage, train
 from blt_jax.train.memory import check_memory
 from blt_jax.train.optimizer import Decay, OptimizerConfig, Schedule, make_optimizer
 from blt_jax.train.state import AveragingConfig, TrainState
-from blt_jax.train.step import batch_sharding, make_train_step, parameter_table
+from blt_jax.train.step import batch_sharding, make_train_step, parameter_table, process_rows
+from blt_jax.train.workdir import claim_workdir
 from blt_jax.train.writers import Writer
 
 
@@ -288,6 +289,7 @@ class _Fitting:
         self.config, self.context = config, context
         self.patcher, self.tokenizer, self.batches = patcher, tokenizer, batches
         self.build = build
+        self.batch_sharding = batch_sharding(context.mesh, config.sharding)
         self.training_batches: Any = None
         self.averaging = config.averaging
         if self.averaging.start < 0:
@@ -322,8 +324,7 @@ class _Fitting:
             data,
             tokenizer=self.tokenizer,
             patcher=self.patcher,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=process_rows(data.batch_size, self.batch_sharding),
         )
 
     def evaluate(self, model: Model, state: TrainState) -> dict[str, float]:
@@ -423,7 +424,7 @@ class _Fitting:
                 abstract,
                 shardings,
                 mesh=context.mesh,
-                batch_sharding=batch_sharding(context.mesh, config.sharding),
+                batch_sharding=self.batch_sharding,
                 writer=context.writer,
                 checkpoints=checkpoints,
                 logging=config.logging,

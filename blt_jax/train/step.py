@@ -1,7 +1,7 @@
 """One optimizer step: gradients of sums over micro-batches, divided once, then the update."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,26 +23,55 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, *rules.spec(("batch",))))
 
 
-def put_batch(
-    batch: dict[str, np.ndarray], accumulation: int, sharding: NamedSharding
-) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays [accumulation, rows, ...].
-
-    Raises ValueError if the rows cannot be divided over micro-batches and devices.
-    """
+def _row_parts(sharding: NamedSharding) -> tuple[int, list[int]]:
+    """Into how many parts the rows of a batch are divided, and which lie on this process."""
     axes = sharding.spec[1] or ()
     axes = (axes,) if isinstance(axes, str) else axes
     parts = int(np.prod([sharding.mesh.shape[axis] for axis in axes], initial=1))
+    rows = NamedSharding(sharding.mesh, PartitionSpec(axes))
+    slices = rows.addressable_devices_indices_map((parts,)).values()
+    return parts, sorted({index[0].start or 0 for index in slices})
+
+
+def process_rows(batch_size: int, sharding: NamedSharding) -> Sequence[int]:
+    """Which rows of a batch the devices of this process hold, in increasing order.
+
+    All of them where the batch axes of the mesh do not reach over several processes. Raises
+    ValueError if the rows cannot be divided over the devices.
+    """
+    if jax.process_count() == 1:
+        return range(batch_size)
+    parts, own = _row_parts(sharding)
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be divided over {parts} parts of the mesh "
+            f"{dict(sharding.mesh.shape)}: change batch_size or the mesh"
+        )
+    size = batch_size // parts
+    return [part * size + row for part in own for row in range(size)]
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], accumulation: int, sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """The rows of this process (see `process_rows`) as global arrays [accumulation, rows, ...].
+
+    Micro-batch a holds the rows a, a + accumulation, ... of the batch on any number of processes.
+    Raises ValueError if the rows cannot be divided over micro-batches and devices.
+    """
+    parts, own = _row_parts(sharding)
     placed = {}
     for name, value in batch.items():
-        rows = value.shape[0] * jax.process_count()
+        rows = value.shape[0] * parts // len(own)
         if rows % (accumulation * parts):
             raise ValueError(
                 f"batch of {rows} rows cannot be divided into {accumulation} micro-batches over "
-                f"{parts} devices (mesh axes {axes}): change batch_size, accumulation or the mesh"
+                f"{parts} devices (mesh {dict(sharding.mesh.shape)}): change batch_size, "
+                "accumulation or the mesh"
             )
-        value = value.reshape(accumulation, -1, *value.shape[1:])
-        placed[name] = jax.make_array_from_process_local_data(sharding, value)
+        value = value.reshape(-1, accumulation, *value.shape[1:]).swapaxes(0, 1)
+        shape = (accumulation, rows // accumulation, *value.shape[2:])
+        placed[name] = jax.make_array_from_process_local_data(sharding, value, shape)
     return placed
 
 

@@ -1,4 +1,4 @@
-"""Exact resume, shuffling, host sharding, finite passes, mixtures, bad configurations."""
+"""Exact resume, shuffling, sharding, finite passes, mixtures, bad configurations."""
 
 import collections
 import dataclasses
@@ -14,6 +14,7 @@ from blt_jax.data import loader as loader_lib
 from blt_jax.data import packing
 from blt_jax.data.sources import ConcatenatedSource, InMemorySource, SourceConfig, Split
 from blt_jax.data.tokenizers import ByteTokenizer
+from blt_jax.train.checkpoint import unite_states
 
 SIZES = (3, 50, 0, 17, 8, 90, 5, 1, 33, 21, 2)
 TEXTS = tuple(bytes([65 + i]) * n for i, n in enumerate(SIZES))
@@ -24,7 +25,7 @@ def starts_of(index, ids):
     return (positions < 2) | (positions % (2 + index % 3) == 0)
 
 
-def make(texts=TEXTS, patcher=None, process=(0, 1), parts=None, **changes):
+def make(texts=TEXTS, patcher=None, rows=None, parts=None, **changes):
     settings = {"batch_size": 4, "sequence_length": 16, "seed": 3}
     settings |= {"num_threads": 0, "prefetch": 0, "shuffle_rows": 0}
     config = loader_lib.DataConfig(**{**settings, **changes})
@@ -32,8 +33,7 @@ def make(texts=TEXTS, patcher=None, process=(0, 1), parts=None, **changes):
         config,
         tokenizer=ByteTokenizer(),
         patcher=patcher,
-        process_index=process[0],
-        process_count=process[1],
+        rows=rows,
         documents=ConcatenatedSource(parts or [InMemorySource(texts)]),
     )
 
@@ -51,11 +51,11 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("process", [(0, 1), (1, 2)])
-@pytest.mark.parametrize("sharding", list(loader_lib.HostSharding))
-def test_shuffled_rows_resume_exactly(sharding, process, prefetch):
+@pytest.mark.parametrize("rows", [None, [1, 3]])
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_shuffled_rows_resume_exactly(num_shards, rows, prefetch):
     dataset = make(
-        process=process, host_sharding=sharding, prefetch=prefetch, shuffle_rows=12, batch_size=4
+        rows=rows, num_shards=num_shards, prefetch=prefetch, shuffle_rows=12, batch_size=4
     )
     iterator, states, batches = iter(dataset), [], []
     for _ in range(14):  # several windows
@@ -138,8 +138,8 @@ def test_state_of_another_layout_is_refused():
     iterator = iter(make())
     next(iterator)
     state = iterator.get_state()
-    with pytest.raises(ValueError, match="process count"):
-        iter(make(process=(0, 2))).set_state(state)
+    with pytest.raises(ValueError, match="number of shards"):
+        iter(make(batch_size=8)).set_state(state)
     with pytest.raises(ValueError, match="row length"):
         iter(make(sequence_length=8)).set_state(state)
 
@@ -152,39 +152,46 @@ def test_changed_data_is_noticed_on_resume():
         changed.set_state(iterator.get_state())
 
 
-def test_shared_rows_resume_with_any_process_count():
-    kwargs = {"host_sharding": loader_lib.HostSharding.ROWS, "patcher": starts_of}
-    whole = take(make(**kwargs), 30)
+def shares(num_rows, count):
+    """The rows of each of `count` processes that share a batch."""
+    size = num_rows // count
+    return [range(i * size, (i + 1) * size) for i in range(count)]
+
+
+def joined(parts):
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_any_number_of_processes_gives_the_same_batches(num_shards):
+    kwargs = {"num_shards": num_shards, "patcher": starts_of, "shuffle_rows": 6}
+    whole = take(make(**kwargs), 36)
     state, found = None, []
-    for count, steps in ((1, 7), (2, 9), (4, 5), (1, 9)):
-        iterators = [iter(make(**kwargs, process=(i, count))) for i in range(count)]
+    for count, steps in ((1, 7), (2, 9), (4, 5), (1, 9), (2, 6)):
+        iterators = [iter(make(**kwargs, rows=rows)) for rows in shares(4, count)]
         for iterator in iterators:
             if state is not None:
                 iterator.set_state(state)
         for _ in range(steps):
-            parts = [next(iterator) for iterator in iterators]
-            found.append({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
-        states = [iterator.get_state() for iterator in iterators]
-        assert all(other == states[0] for other in states)
-        state = states[0]
+            found.append(joined([next(iterator) for iterator in iterators]))
+        state = unite_states([iterator.get_state() for iterator in iterators])
+        read = [packing.statistics_from_state(i.get_state()).rows for i in iterators]
+        assert len(set(read)) == 1  # all of the rows, or those of as many shards each
     assert_same(found, whole)
+    assert 4 * 36 - packing.statistics_from_state(state).rows <= 6 * num_shards  # last windows
 
 
-def test_mixtures_resume_on_their_own_process():
-    parts = [InMemorySource(TEXTS[:6]), InMemorySource(TEXTS[6:])]
-    sources = (SourceConfig(weight=0.7), SourceConfig(weight=0.3))
-    for index in range(2):
-        dataset = make(parts=parts, sources=sources, process=(index, 2), prefetch=1)
-        iterator, states, batches = iter(dataset), [], []
-        for _ in range(25):
-            states.append(iterator.get_state())
-            batches.append(next(iterator))
-        for at in (1, 8, 21):
-            resumed = iter(dataset)
-            resumed.set_state(states[at])
-            assert_same(list(itertools.islice(resumed, 4)), batches[at : at + 4])
-            resumed.close()
-        iterator.close()
+def test_a_process_packs_only_the_shards_of_its_rows():
+    iterator = iter(make(num_shards=4, batch_size=8, rows=[2, 3, 5]))
+    assert list(iterator.get_state()[packing.SHARDS]) == ["1", "2"]
+    whole = next(iter(make(num_shards=4, batch_size=8)))
+    assert_same([next(iterator)], [{name: v[[2, 3, 5]] for name, v in whole.items()}])
+
+
+def test_states_of_processes_that_disagree_are_refused():
+    assert unite_states([{"a": {"x": 1}}, {"a": {"y": 2}}]) == {"a": {"x": 1, "y": 2}}
+    with pytest.raises(ValueError, match="must go through the same batches"):
+        unite_states([{"a": 1, "b": 2}, {"a": 3}])
 
 
 def documents_in(batches):
@@ -213,16 +220,14 @@ def test_epochs_are_shuffled_anew_from_the_seed_alone():
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_every_epoch(count):
+def test_shards_share_every_epoch(count):
     texts = [bytes([65 + i]) for i in range(10)]
-    kwargs = {"texts": texts, "batch_size": 6, "sequence_length": 2}
+    kwargs = {"texts": texts, "batch_size": 6, "sequence_length": 2, "num_shards": count}
     kwargs["packing"] = packing.Packing.ONE_DOCUMENT
     steps = 10 * count  # 6 * 10 * count rows: 6 * count epochs of ten documents
     total = collections.Counter()
-    for index in range(count):
-        batches = take(make(**kwargs, process=(index, count)), steps)
-        assert batches[0]["tokens"].shape == (6 // count, 2)
-        total += documents_in(batches)
+    for rows in shares(6, count):
+        total += documents_in(take(make(**kwargs, rows=rows), steps))
     assert total == {65 + i: 6 * count for i in range(10)}
 
 
@@ -230,14 +235,10 @@ def test_processes_share_every_epoch(count):
 @pytest.mark.parametrize("mode", list(packing.Packing))
 def test_finite_pass_drops_nothing_on_any_number_of_processes(mode, count):
     kwargs = {"repeat": False, "shuffle": False, "packing": mode, "patcher": starts_of}
-    whole = list(make(**kwargs, max_patches=6))
-    shares = [list(make(**kwargs, max_patches=6, process=(i, count))) for i in range(count)]
-    assert {len(share) for share in shares} == {len(whole)}  # processes stay in step
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*shares, strict=True)
-    ]
-    assert_same(joined, whole)
+    whole = list(make(**kwargs, max_patches=6, num_shards=count))
+    parts = [list(make(**kwargs, max_patches=6, rows=rows)) for rows in shares(4, count)]
+    assert {len(part) for part in parts} == {len(whole)}  # processes stay in step
+    assert_same([joined(batches) for batches in zip(*parts, strict=True)], whole)
     assert all(batch["tokens"].shape == (4, 16) for batch in whole)
     assert sum(int(batch["target_bytes"].sum()) for batch in whole) == sum(SIZES)
     assert sum(int(batch["target_mask"].sum()) for batch in whole) == sum(SIZES) + len(SIZES)
@@ -250,8 +251,7 @@ def test_sources_are_mixed_by_weight():
     kwargs["packing"] = packing.Packing.ONE_DOCUMENT
     found = documents_in(take(make(**kwargs), 50))
     assert found == {ord("a"): 150, ord("b"): 50}
-    halves = sum((documents_in(take(make(**kwargs, process=(i, 2)), 50)) for i in (0, 1)), found)
-    assert halves == {ord("a"): 300, ord("b"): 100}
+    assert documents_in(take(make(**kwargs, num_shards=2), 50)) == found
     once = documents_in(list(make(**kwargs, repeat=False)))
     assert once == {ord("a"): 7, ord("b"): 5}
 
@@ -309,6 +309,8 @@ def test_an_open_iterator_does_not_trouble_the_end_of_the_program():
     ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_shards": 0}, "num_shards is 0"),
+        ({"num_shards": 3}, "must be divisible by num_shards 3"),
         ({"sequence_length": -1}, "sequence_length is -1"),
         ({"max_patches": -2}, "max_patches is -2"),
         ({"seed": -1}, "seed is -1"),
@@ -325,11 +327,10 @@ def test_bad_configs(changes, message):
         loader_lib.DataConfig(**changes)
 
 
-def test_bad_process_arguments():
-    with pytest.raises(ValueError, match="process_index is 2"):
-        make(process=(2, 2))
-    with pytest.raises(ValueError, match="not divisible by 3"):
-        make(process=(0, 3))
+@pytest.mark.parametrize("rows", [[], [1, 0], [0, 0], [-1], [3, 4]])
+def test_bad_rows(rows):
+    with pytest.raises(ValueError, match=r"they must increase, within 0\.\.3"):
+        make(rows=rows)
 
 
 def test_config_is_hashable_and_its_check_can_run_again():

@@ -17,7 +17,7 @@ from blt_jax.data.loader import DataConfig, loader
 from blt_jax.dist.mesh import MeshConfig, make_mesh
 from blt_jax.dist.sharding import init_params
 from blt_jax.train import configs
-from blt_jax.train.checkpoint import Checkpoints, WorkdirError, load_params
+from blt_jax.train.checkpoint import Checkpoints, load_params
 from blt_jax.train.evaluate import evaluate
 from blt_jax.train.launch import run_experiment
 from blt_jax.train.loop import LoggingConfig, NonFiniteError, Preempted
@@ -30,6 +30,7 @@ from blt_jax.train.pretraining import (
     make_context,
 )
 from blt_jax.train.state import Averaging, AveragingConfig, abstract_params
+from blt_jax.train.workdir import WorkdirError
 from blt_jax.train.writers import read_metrics, read_results
 from tests.train.tiny_model import TinyConfig, tiny_experiment
 
