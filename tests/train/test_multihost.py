@@ -1,74 +1,75 @@
-"""Two processes train one model, on this machine."""
+"""One run on one, two and four processes of this machine, started by the real launcher."""
 
-import dataclasses
-import os
-import pathlib
-import shutil
-import socket
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from blt_jax.dist import multihost
-from blt_jax.dist.mesh import MeshConfig, make_mesh
-from blt_jax.train.checkpoint import CheckpointingConfig
-from blt_jax.train.pretraining import make_context
-from blt_jax.train.writers import read_metrics
-from tests.train.tiny_model import tiny_experiment
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.train.launched import ROOT, environment, forget_after, launch, lines
 
 
-def _run_two(workdir):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.two_processes", str(port), str(i), str(workdir)],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [output.strip().splitlines()[-1] for output, _ in outputs]
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
 
 
-def test_two_processes_train_evaluate_and_resume(tmp_path):
-    first, second = _run_two(tmp_path)
-    assert first == second
-    lines = read_metrics(tmp_path)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
-    # Again from step 2, with both processes' data states.
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    again, _ = _run_two(tmp_path)
-    assert again == first
-    losses = [line.get("loss") for line in lines]
-    assert [line.get("loss") for line in read_metrics(tmp_path)] == losses
-    # One process cannot continue two packed streams, and says so.
-    experiment = tiny_experiment(
-        steps=4, accumulation=2, checkpointing=CheckpointingConfig(every=2, keep=3)
-    )
-    experiment = dataclasses.replace(experiment, mesh=MeshConfig(data=1))
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    with pytest.raises(ValueError, match="saved by 2 processes"):
-        experiment.fit(make_context(tmp_path, mesh, jax.random.key(0)))
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """The run `tiny` on one process, to its end."""
+    workdir = tmp_path_factory.mktemp("whole")
+    launch(1, cache, "tiny", workdir)
+    return workdir
 
 
-def test_a_lone_host_is_not_an_error(tmp_path):
+def assert_close(first, second):
+    assert len(lines(first)) == len(lines(second))
+    for a, b in zip(lines(first), lines(second), strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5, err_msg=str(a))
+
+
+def test_resumed_on_other_numbers_of_processes(cache, whole, tmp_path):
+    launch(2, cache, "tiny", tmp_path, "--config.checkpointing.keep=9")
+    assert_close(whole, tmp_path)
+    for count, step, mesh in (
+        (4, 10, "--config.mesh.fsdp=2"),
+        (1, 25, "--config.mesh.fsdp=1"),
+        # Nothing divides the batch here: both processes hold all of its rows.
+        (2, 30, "--config.mesh.tensor=2"),
+    ):
+        forget_after(tmp_path, step)
+        output = launch(count, cache, "tiny", tmp_path, mesh, "--config.checkpointing.keep=9")
+        assert f"continuing from the checkpoint of step {step}" in output
+        assert_close(whole, tmp_path)
+
+
+def test_blt_on_two_processes_equals_one(cache, tmp_path):
+    launch(1, cache, "tiny_blt", tmp_path / "one")
+    output = launch(2, cache, "tiny_blt", tmp_path / "two", "--config.blt.data.num_shards=1")
+    assert "devices: 2 x cpu" in output
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_blt_on_four_processes_and_back(cache, tmp_path):
+    launch(1, cache, "tiny_blt", tmp_path / "one")
+    launch(4, cache, "tiny_blt", tmp_path / "moved")
+    assert_close(tmp_path / "one", tmp_path / "moved")
+    for count, step in ((2, 2), (4, 3), (1, 4)):
+        forget_after(tmp_path / "moved", step)
+        launch(count, cache, "tiny_blt", tmp_path / "moved")
+        assert_close(tmp_path / "one", tmp_path / "moved")
+
+
+def test_a_lone_host_is_not_an_error(cache):
     code = "from blt_jax.dist import multihost; print(multihost.initialize())"
     output = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=environment(cache),
         capture_output=True,
         text=True,
         timeout=60,
@@ -77,9 +78,24 @@ def test_a_lone_host_is_not_an_error(tmp_path):
 
 
 def test_other_errors_of_the_start_are_not_hidden(monkeypatch):
-    def fail():
+    def fail(*arguments):
         raise ValueError("process_id is out of range")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(ValueError, match="out of range"):
         multihost.initialize()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", None, None), "--num_processes, --process_id missing"),
+        ((None, 2, 0), "--coordinator missing"),
+        (("host", 2, 0), "--coordinator=host: must be host:port"),
+        (("host:1", 0, 0), "--num_processes=0"),
+        (("host:1", 2, 2), r"--process_id=2: must be in 0\.\.1"),
+    ],
+)
+def test_flags_of_the_cluster_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        multihost.initialize(*arguments)
