@@ -141,7 +141,9 @@ def _init(model: nn.Module, key: jax.Array):
         return model.init(key, *model.example_inputs())["params"]
 
 
+@functools.lru_cache(maxsize=16)
 def _boxed_init(model: nn.Module):
+    # Tracing a large model takes seconds, and a run asks for its shapes a dozen times.
     return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
 
 

@@ -1,5 +1,6 @@
 """One run on one, two and four processes of this machine, started by the real launcher."""
 
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import pytest
 
 from blt_jax.dist import multihost
 from tests.train.launched import ROOT, environment, forget_after, launch, lines
+
+KEEP = "--config.checkpointing.keep=9"
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def cache(tmp_path_factory):
 def whole(cache, tmp_path_factory):
     """The run `tiny` on one process, to its end."""
     workdir = tmp_path_factory.mktemp("whole")
-    launch(1, cache, "tiny", workdir)
+    launch(1, cache, "tiny", workdir, KEEP)
     return workdir
 
 
@@ -32,18 +35,19 @@ def assert_close(first, second):
 
 
 def test_resumed_on_other_numbers_of_processes(cache, whole, tmp_path):
-    launch(2, cache, "tiny", tmp_path, "--config.checkpointing.keep=9")
-    assert_close(whole, tmp_path)
+    moved = tmp_path / "moved"
+    shutil.copytree(whole, moved)
     for count, step, mesh in (
-        (4, 10, "--config.mesh.fsdp=2"),
-        (1, 25, "--config.mesh.fsdp=1"),
         # Nothing divides the batch here: both processes hold all of its rows.
-        (2, 30, "--config.mesh.tensor=2"),
+        (2, 10, "--config.mesh.tensor=2"),
+        (4, 20, "--config.mesh.fsdp=2"),
+        (1, 25, "--config.mesh.fsdp=1"),
+        (2, 30, "--config.mesh.fsdp=1"),
     ):
-        forget_after(tmp_path, step)
-        output = launch(count, cache, "tiny", tmp_path, mesh, "--config.checkpointing.keep=9")
+        forget_after(moved, step)
+        output = launch(count, cache, "tiny", moved, mesh, KEEP)
         assert f"continuing from the checkpoint of step {step}" in output
-        assert_close(whole, tmp_path)
+        assert_close(whole, moved)
 
 
 def test_blt_on_two_processes_equals_one(cache, tmp_path):
