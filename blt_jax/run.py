@@ -133,6 +133,7 @@ def _guarded_run(values: flags.FlagValues) -> int:
     """`run`; errors that a user can act upon are one line, and the exit status 1."""
     import jax
 
+    from blt_jax.data.packing import DataStateError
     from blt_jax.train.loop import NonFiniteError, Preempted
     from blt_jax.train.workdir import WorkdirError
 
@@ -144,8 +145,15 @@ def _guarded_run(values: flags.FlagValues) -> int:
     except Preempted as stop:
         if jax.process_index() == 0:
             print(stop, flush=True)
-    except (WorkdirError, MemoryError, NonFiniteError, OSError) as error:
+    except (WorkdirError, DataStateError, MemoryError, NonFiniteError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if alone or "peer" not in str(error):
+            raise
+        print(
+            f"error: another process of this run ended; start all again ({error})", file=sys.stderr
+        )
         return 1
     finally:
         if alone:

@@ -188,7 +188,7 @@ def _packed_shard(
         rows=1 if mixes_rows else rows,
         tokenizer=tokenizer,
         patcher=patcher,
-        identity=(*shard, config.batch_size, config.sequence_length),
+        identity=(*shard, config.batch_size, config.sequence_length, len(documents)),
     )
     if mixes_rows:
         packed = grain.experimental.WindowShuffleIterDataset(

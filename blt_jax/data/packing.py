@@ -135,12 +135,16 @@ class _Cursor:
     offset: int = 0
 
 
+class DataStateError(ValueError):
+    """The data state of a checkpoint does not fit the loader or its sources."""
+
+
 class PackIterDataset(grain.IterDataset):
     """Batches of packed rows from `TokenizedDocument`s; see the module's text for the rules.
 
     A batch has `rows` rows. A finite parent ends with a batch filled up with padding rows.
     `get_state` is exact between batches, also where a document is half consumed. `identity`:
-    (shard, number of shards, batch size, row length), which a restored state must have too.
+    (shard, number of shards, batch size, row length, documents), as a restored state must have.
     """
 
     def __init__(
@@ -218,10 +222,10 @@ class PackIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         if list(state["identity"]) != self._identity:
-            raise ValueError(
-                f"the data state was saved with (shard, number of shards, batch size, row length)"
-                f" {tuple(state['identity'])}, this loader has {tuple(self._identity)}: packed"
-                " rows resume only with the same"
+            raise DataStateError(
+                "the data state was saved with (shard, number of shards, batch size, row length,"
+                f" documents) {tuple(state['identity'])}, this loader has"
+                f" {tuple(self._identity)}: packed rows resume only with the same"
             )
         self._document = None
         self._parent.set_state(copy.deepcopy(state["parent"]))
@@ -231,7 +235,7 @@ class PackIterator(grain.DatasetIterator):
         found = self._has_document()
         document = self._document
         if not found or (document.index, len(document.ids)) != (state["document"], state["length"]):
-            raise ValueError(
+            raise DataStateError(
                 f"the data state stands in document {state['document']} of {state['length']}"
                 " ids, but the sources now give another one there: they have changed"
             )

@@ -1,9 +1,11 @@
 """Checkpoints of a run: parameters, average, optimizer, data order; restored exactly or refused."""
 
 import base64
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -66,6 +68,10 @@ def decode_data_state(value: Any) -> Any:
     return value
 
 
+class CheckpointError(OSError):
+    """A checkpoint could not be written."""
+
+
 def unite_states(states: list[Any]) -> Any:
     """One state from those of all processes: equal, or dictionaries of other or equal parts.
 
@@ -123,6 +129,7 @@ class Checkpoints:
         self.directory = str(directory)
         if "://" not in self.directory:
             self.directory = str(pathlib.Path(directory).absolute())
+        self._report_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -149,11 +156,31 @@ class Checkpoints:
         }
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args["meta"] = ocp.args.JsonSave(meta)
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        with self._as_checkpoint_error():
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def wait(self) -> None:
-        """Blocks until all saves have reached the disk; raises what failed."""
-        self._manager.wait_until_finished()
+        """Blocks until all saves have reached the disk; CheckpointError if one did not."""
+        with self._as_checkpoint_error():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _as_checkpoint_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.directory}: {reason}"
+            ) from error
+
+    def _report_unfinished(self) -> None:
+        from etils import epath
+
+        folder = epath.Path(self.directory)
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        for name in sorted(name for name in names if ".orbax-checkpoint-tmp" in name):
+            _say(f"checkpoint {name.split('.')[0]} in {self.directory} was never finished: removed")
 
     def reached_preemption(self, step: int) -> bool:
         """True when the cluster announced that the machine will be taken away."""
@@ -189,12 +216,18 @@ class Checkpoints:
         name, shape or type raise ValueError.
         """
         for step in reversed(self.steps()):
+            problem = ""
             try:
                 items, meta = self._read(step, _items(abstract))
             except Exception as error:
                 if _is_mismatch(error):
                     raise
-                self._set_aside(step, error)
+                reason = str(error).strip().splitlines()
+                problem = f"{type(error).__name__}: {reason[0] if reason else ''}"
+            # Damage may be in the files of one process: all must go back together.
+            problem = next(filter(None, gather(problem)), "")
+            if problem:
+                self._set_aside(step, problem)
                 continue
             average = abstract.average
             if average is not None:
@@ -214,12 +247,10 @@ class Checkpoints:
         average = self._read(step, {"average": {"params": abstract, "count": count}})[0]
         return average["average"]["params"]
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        reason = str(error).strip().splitlines()
-        print(
-            f"checkpoint {step} in {self.directory} is damaged ({type(error).__name__}: "
-            f"{reason[0] if reason else ''}): falling back to the one before",
-            flush=True,
+    def _set_aside(self, step: int, problem: str) -> None:
+        _say(
+            f"checkpoint {step} in {self.directory} is damaged ({problem}): "
+            "falling back to the one before"
         )
         from etils import epath
 
@@ -235,6 +266,11 @@ class Checkpoints:
 
             multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
         self._manager.reload()
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _is_mismatch(error: Exception) -> bool:

@@ -194,6 +194,7 @@ class _Loop:
         self.stages, self.shardings, self.mesh = stages, shardings, mesh
         self.batch_sharding, self.writer, self.checkpoints = batch_sharding, writer, checkpoints
         self.logging, self.save_every = logging, save_every
+        writer.tensorboard = logging.tensorboard
         self.total = stages[-1].stop
         self.window, self.pending = _Window(), None
         self.numbers: dict[str, float] = {}
@@ -219,6 +220,8 @@ class _Loop:
         )
         found = self.checkpoints.restore(abstract)
         if found is None:
+            if self.writer.metrics_path.exists():
+                self.say(f"no checkpoint in {self.checkpoints.directory}: again from step 0")
             self.writer.truncate(0)
             return 0, make_state(), None
         state, data, extra = found

@@ -21,13 +21,14 @@ class Writer:
     """Files of one run; only process 0 writes, the others do nothing.
 
     `metrics.jsonl` has one JSON object per line with the key `step`; `events.*` the same numbers
-    for TensorBoard; `figures/<name>.png`; `texts/<name>.txt`.
+    for TensorBoard, unless `tensorboard` is set to False; `figures/<name>.png`;
+    `texts/<name>.txt`.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, *, tensorboard: bool = True):
+    def __init__(self, workdir: str | pathlib.Path):
         self.workdir = pathlib.Path(workdir)
         self.enabled = jax.process_index() == 0
-        self._tensorboard = tensorboard
+        self.tensorboard = True
         self._events = None
         self._purge_step = None
         if self.enabled:
@@ -58,7 +59,7 @@ class Writer:
         numbers = {name: float(value) for name, value in values.items()}
         with self.metrics_path.open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
-        if self._tensorboard:
+        if self.tensorboard:
             if self._events is None:
                 import tensorboardX
 

@@ -1,6 +1,16 @@
-"""Runs of a few seconds that tests start through the launcher, on one process or several."""
+"""Runs of a few seconds that tests start through the launcher, on one process or several.
 
-from blt_jax.data.loader import DataConfig
+The run `tiny` suffers the fault that the variable FAULT asks for, `kill:7:1`: while batch 7 since
+its start is fetched, process 1 is killed. The others are `terminate` and `nan`.
+"""
+
+import os
+import signal
+
+import jax
+import numpy as np
+
+from blt_jax.data.loader import DataConfig, loader
 from blt_jax.data.sources import SourceConfig
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt
@@ -9,7 +19,63 @@ from blt_jax.recipes.blt_pretraining import BLTPretraining
 from blt_jax.train.configs import select_run
 from blt_jax.train.loop import LoggingConfig
 from blt_jax.train.pretraining import CheckpointingConfig, EvaluationConfig, Pretraining
+from blt_jax.train.step import batch_sharding, process_rows
 from tests.train.tiny_model import TinyConfig, tiny_experiment
+
+
+class FaultyBatches:
+    """Batches of a loader; while one is fetched, the fault happens."""
+
+    def __init__(self, batches):
+        self.batches, self.fetched = iter(batches), 0
+        fault, at, process = os.environ.get("FAULT", "none:0:0").split(":")
+        self.fault, self.at, self.here = fault, int(at), int(process) == jax.process_index()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self.batches)
+        self.fetched += 1
+        if self.here and self.fetched == self.at:
+            if self.fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.fault == "terminate":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif self.fault == "nan":  # there is no such target
+                batch["targets"] = np.full_like(batch["targets"], 10**6)
+        return batch
+
+    def get_state(self):
+        return self.batches.get_state()
+
+    def set_state(self, state):
+        self.batches.set_state(state)
+
+
+class Faulty(Pretraining):
+    """Pretraining whose input pipeline suffers faults."""
+
+    def run(self, context):
+        sharding = batch_sharding(context.mesh, self.sharding)
+
+        def batches(data):
+            rows = loader(data, rows=process_rows(data.batch_size, sharding))
+            return FaultyBatches(rows) if data.repeat else rows
+
+        return self.fit(context, batches=batches).metrics
+
+
+def tiny() -> Pretraining:
+    """Forty steps of the tests' model, a checkpoint at every fifth."""
+    return Faulty(
+        model=TinyConfig(noise=0.01),
+        data=tiny_experiment().data,
+        steps=40,
+        evaluation=EvaluationConfig(batches=1),
+        checkpointing=CheckpointingConfig(every=5, keep=3),
+        logging=LoggingConfig(every=1, tensorboard=False),
+    )
 
 
 def _stack() -> TransformerConfig:
@@ -46,18 +112,7 @@ def tiny_blt() -> BLTPretraining:
     )
 
 
-def tiny() -> Pretraining:
-    """Forty steps of the tests' model, a checkpoint at every fifth."""
-    return tiny_experiment(
-        steps=40,
-        model=TinyConfig(noise=0.01),
-        evaluation=EvaluationConfig(batches=1),
-        checkpointing=CheckpointingConfig(every=5, keep=3),
-        logging=LoggingConfig(every=1, tensorboard=False),
-    )
-
-
-RUNS = (tiny_blt, tiny)
+RUNS = (tiny, tiny_blt)
 
 
 def get_config(run: str = "tiny"):

@@ -1,0 +1,200 @@
+"""Faults of launched runs: only the steps since the last checkpoint are lost, and done again."""
+
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+
+import pytest
+
+from tests.train.launched import PATIENCE, finish, forget_after, launch, lines, start, start_several
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """The run on one process, without a fault."""
+    workdir = tmp_path_factory.mktemp("whole")
+    launch(1, cache, "tiny", workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(cache, tmp_path_factory):
+    """The run on two processes, without a fault."""
+    workdir = tmp_path_factory.mktemp("whole_of_two")
+    launch(2, cache, "tiny", workdir)
+    return workdir
+
+
+def fault(kind, at, process=0):
+    return {"variables": {"FAULT": f"{kind}:{at}:{process}"}}
+
+
+def steps_continued(outputs):
+    """The steps of the checkpoints that starts continued from; None for no checkpoint."""
+    found = [re.search(r"continuing from the checkpoint of step (\d+)", text) for text in outputs]
+    return [int(match[1]) if match else None for match in found]
+
+
+def test_killed_six_times_at_random_steps(cache, whole, tmp_path):
+    draw, outputs = random.Random(0), []
+    for _ in range(6):
+        process = start(cache, "tiny", tmp_path, **fault("kill", draw.randint(2, 11)))
+        outputs += finish([process], status=-signal.SIGKILL)
+    outputs.append(launch(1, cache, "tiny", tmp_path))
+    steps = steps_continued(outputs)
+    assert steps[0] is None and steps[-1] >= 5
+    assert steps[1:] == sorted(steps[1:], key=lambda step: step or 0)  # none goes back
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_one_of_two_processes_killed_four_times(cache, whole_of_two, tmp_path):
+    draw = random.Random(1)
+    for _ in range(4):
+        victim = draw.randrange(2)
+        processes = start_several(
+            2, cache, "tiny", tmp_path, **fault("kill", draw.randint(2, 12), victim)
+        )
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+        assert processes[victim].returncode == -signal.SIGKILL, outputs
+        # The other one ends by itself: it says so, or jax ends it when the first process is lost.
+        assert processes[1 - victim].returncode in (1, -signal.SIGABRT), outputs
+    launch(2, cache, "tiny", tmp_path)
+    assert lines(tmp_path) == lines(whole_of_two)
+
+
+def test_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(cache, whole_of_two, tmp_path):
+    processes = start_several(
+        2, cache, "tiny", tmp_path, "--config.checkpointing.every=0", **fault("terminate", 3, 1)
+    )
+    output, _ = finish(processes)
+    (step,) = re.findall(r"preempted after step (\d+), which is saved", output)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
+    output = launch(2, cache, "tiny", tmp_path)
+    assert steps_continued([output]) == [int(step)]
+    assert lines(tmp_path) == lines(whole_of_two)
+
+
+def files_of(checkpoint):
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.parent.name == "d"]
+    assert files
+    return files
+
+
+def test_damaged_and_unfinished_checkpoints_are_skipped_and_named(cache, whole, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(whole, workdir)
+    checkpoints = workdir / "checkpoints"
+    shutil.copytree(checkpoints / "40", checkpoints / "45.orbax-checkpoint-tmp")
+    for path in files_of(checkpoints / "40"):  # cut off
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    shutil.rmtree(checkpoints / "35" / "params")  # a part is missing
+    output = launch(1, cache, "tiny", workdir)
+    assert "checkpoint 45 in" in output and "was never finished: removed" in output
+    assert re.search(r"checkpoint 40 in .* is damaged \(.*\): falling back", output)
+    assert re.search(r"checkpoint 35 in .* is damaged \(.*\): falling back", output)
+    assert steps_continued([output]) == [30]
+    assert lines(workdir) == lines(whole)
+
+
+def test_damage_in_one_checkpoint_turns_both_processes_back(cache, whole_of_two, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(whole_of_two, workdir)
+    for path in files_of(workdir / "checkpoints" / "40")[:1]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    output = launch(2, cache, "tiny", workdir)
+    assert steps_continued([output]) == [35]
+    assert lines(workdir) == lines(whole_of_two)
+
+
+def test_full_disk_while_saving(cache, whole, tmp_path):
+    def limit():  # writes beyond it fail, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    workdir = tmp_path / "full"
+    shutil.copytree(whole, workdir)
+    forget_after(workdir, 30)
+    process = start(cache, "tiny", workdir, preexec_fn=limit)
+    (output,) = finish([process], status=1)
+    assert re.search(r"error: a checkpoint could not be written to .*: .*", output)
+    assert "Traceback" not in output
+    output = launch(1, cache, "tiny", workdir)
+    assert steps_continued([output]) == [30]
+    assert lines(workdir) == lines(whole)
+
+
+def test_second_job_in_a_workdir_is_refused(cache, whole, tmp_path):
+    # The first one is stopped: it keeps its lock, and uses no time.
+    first = start(cache, "tiny", tmp_path)
+    for _ in first.stdout:
+        if (tmp_path / "config.txt").exists():
+            break
+    first.send_signal(signal.SIGSTOP)
+    try:
+        (output,) = finish([start(cache, "tiny", tmp_path)], status=1)
+        assert f"in use by process {first.pid} on" in output
+        assert "choose another --workdir" in output
+        several = finish(start_several(2, cache, "tiny", tmp_path), status=1)
+        assert all(f"in use by process {first.pid} on" in output for output in several)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    finish([first])
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_read_only_workdir(cache, tmp_path):
+    def without_override():  # of permissions, which the superuser has
+        import ctypes
+
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+    folder = tmp_path / "read_only"
+    folder.mkdir(mode=0o555)
+    process = start(cache, "tiny", folder, preexec_fn=without_override)
+    (output,) = finish([process], status=1)
+    assert f"error: workdir {folder} cannot be used: [Errno 13] Permission denied" in output
+    assert "Traceback" not in output
+
+
+def test_nan_at_a_step(cache, whole, tmp_path):
+    process = start(cache, "tiny", tmp_path, **fault("nan", 13))
+    (output,) = finish([process], status=1)
+    assert "error: step 13: objective is nan" in output
+    assert "last good checkpoint: step 10" in output
+    output = launch(1, cache, "tiny", tmp_path)
+    assert steps_continued([output]) == [10]
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_input_shard_that_disappears(cache, tmp_path):
+    shards = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for number, shard in enumerate(shards):
+        texts = [f"document {number} {i} " * 9 for i in range(40)]
+        shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = "--config.data.sources[0]"
+    flags = [f"{source}.kind=files", f"{source}.paths=('{tmp_path}/*.jsonl',)"]
+    launch(1, cache, "tiny", tmp_path / "whole", *flags)
+
+    workdir = tmp_path / "parts"
+    first = start(cache, "tiny", workdir, *flags)
+    for line in first.stdout:
+        if "step 12/40" in line:
+            break
+    shards[1].rename(tmp_path / "b.away")
+    output = first.communicate(timeout=PATIENCE)[0]
+    assert first.returncode == 1, output
+    assert f"No such file or directory: '{shards[1]}'" in output
+    # Without it the order of the documents would be another one.
+    (output,) = finish([start(cache, "tiny", workdir, *flags)], status=1)
+    assert "error: the data state was saved with" in output
+    (tmp_path / "b.away").rename(shards[1])
+    output = launch(1, cache, "tiny", workdir, *flags)
+    assert steps_continued([output])[0] >= 5
+    assert lines(workdir) == lines(tmp_path / "whole")
