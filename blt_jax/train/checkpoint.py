@@ -4,7 +4,9 @@ import base64
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,7 +171,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # tensorstore's messages are long; the number of the system's error says why.
+            found = re.search(r"code='(\d+)'", str(error))
+            reason = os.strerror(int(found[1])) if found else str(error) or type(error).__name__
             raise CheckpointError(
                 f"a checkpoint could not be written to {self.directory}: {reason}"
             ) from error
@@ -190,22 +194,30 @@ class Checkpoints:
         """Waits for the saves and releases the threads."""
         self._manager.close()
 
-    def _meta(self, step: int) -> dict[str, Any]:
-        args = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["meta"]
+    def _reader(self) -> Any:
+        """Reads without waiting for other processes: one of them may find its files damaged."""
+        ocp, own = self._ocp, jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+        )
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+        )
+        return ocp.Checkpointer(handler, multiprocessing_options=options)
 
     def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        meta = self._meta(step)
-        for name, tree in items.items():
-            if name not in meta["leaves"]:
-                raise LookupError(
-                    f"checkpoint {step} in {self.directory} has no {name!r}, "
-                    f"only {sorted(meta['leaves'])}"
-                )
-            where = f"checkpoint {step} in {self.directory}"
-            _check_leaves(meta["leaves"][name], _leaves(tree), where)
-        args = {name: self._ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        restored = self._manager.restore(step, args=self._ocp.args.Composite(**args))
+        from etils import epath
+
+        args, folder = self._ocp.args, epath.Path(self.directory) / str(step)
+        with contextlib.closing(self._reader()) as reader:
+            meta = reader.restore(folder, args.Composite(meta=args.JsonRestore()))["meta"]
+            for name, tree in items.items():
+                where = f"checkpoint {step} in {self.directory}"
+                if name not in meta["leaves"]:
+                    raise LookupError(f"{where} has no {name!r}, only {sorted(meta['leaves'])}")
+                _check_leaves(meta["leaves"][name], _leaves(tree), where)
+            wanted = {name: args.StandardRestore(tree) for name, tree in items.items()}
+            restored = reader.restore(folder, args.Composite(**wanted))
         return {name: restored[name] for name in items}, meta
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, Any, dict[str, Any]] | None:

@@ -1,10 +1,12 @@
 """Runs of a few seconds that tests start through the launcher, on one process or several.
 
 The run `tiny` suffers the fault that the variable FAULT asks for, `kill:7:1`: while batch 7 since
-its start is fetched, process 1 is killed. The others are `terminate` and `nan`.
+its start is fetched, process 1 is killed. The others are `terminate`, `nan` and `hide`, which
+renames the file FAULT_FILE.
 """
 
 import os
+import pathlib
 import signal
 
 import jax
@@ -35,15 +37,17 @@ class FaultyBatches:
         return self
 
     def __next__(self):
-        batch = next(self.batches)
         self.fetched += 1
-        if self.here and self.fetched == self.at:
-            if self.fault == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif self.fault == "terminate":
-                os.kill(os.getpid(), signal.SIGTERM)
-            elif self.fault == "nan":  # there is no such target
-                batch["targets"] = np.full_like(batch["targets"], 10**6)
+        due = self.here and self.fetched == self.at
+        if due and self.fault == "hide":
+            file = pathlib.Path(os.environ["FAULT_FILE"])
+            file.rename(file.with_suffix(".hidden"))
+        batch = next(self.batches)
+        batch["fault"] = np.zeros(len(batch["tokens"]), np.float32)
+        if due and self.fault == "nan":
+            batch["fault"][:] = np.nan
+        elif due and self.fault in ("kill", "terminate"):
+            os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGTERM)
         return batch
 
     def get_state(self):

@@ -58,6 +58,8 @@ class TinyModel(Model):
         logits = self.apply({"params": params}, batch["tokens"])
         if self.config.noise and key is not None:
             logits = logits + self.config.noise * jax.random.normal(key, logits.shape)
+        if "fault" in batch:
+            logits = logits + batch["fault"][:, None, None]
         return cross_entropy_sums(
             logits, batch["targets"], batch["target_mask"], batch["target_bytes"]
         )
