@@ -16,8 +16,11 @@ PATIENCE = 300  # seconds; machines of tests may be busy
 
 
 def environment(cache, **variables):
-    """Variables of a launched process: on CPU, with quick compiles that are kept in `cache`."""
-    return os.environ | {
+    """Variables of a launched process: on CPU, with quick compiles that are kept in `cache`.
+
+    A variable that is None is left out.
+    """
+    values = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -25,6 +28,7 @@ def environment(cache, **variables):
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         **variables,
     }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def start(cache, run, workdir, *flags, variables=None, **options):
