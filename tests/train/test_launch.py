@@ -53,6 +53,7 @@ import json, pathlib, sys
 from xprof.convert import raw_to_tool_data
 folder = pathlib.Path(sys.argv[1])
 files = [str(path) for path in folder.rglob("*.xplane.pb")]
+assert "trace_viewer@" in raw_to_tool_data.xspace_to_tool_names(files)  # unpacks the programs
 events, _ = raw_to_tool_data.xspace_to_tool_data(files, "trace_viewer", {})
 events = json.loads(events)["traceEvents"]
 names = {e["args"].get("hlo_module") for e in events if isinstance(e.get("args"), dict)}

@@ -1,16 +1,10 @@
-"""Progress lines, the bar on a terminal, the profiler's window."""
+"""Progress lines and the bar on a terminal."""
 
-import pathlib
-import subprocess
 import sys
 
 import jax
 
-from blt_jax.dist.mesh import MeshConfig, make_mesh
-from blt_jax.train.loop import LoggingConfig
-from blt_jax.train.pretraining import make_context
 from blt_jax.train.progress import Progress, format_duration, format_line, format_utilization
-from tests.train.tiny_model import tiny_experiment
 
 
 def test_line_of_a_log_step():
@@ -42,21 +36,3 @@ def test_bar_on_a_terminal(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "a line" in captured.out
     assert "7/10" in captured.err
-
-
-def profiled_run(workdir):
-    """Trains with a profile of two steps in workdir/profile."""
-    logging = LoggingConfig(
-        quiet=True, tensorboard=False, every=4, profile_start=1, profile_steps=2
-    )
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    tiny_experiment(steps=4, logging=logging).fit(make_context(workdir, mesh, jax.random.key(0)))
-
-
-def test_profile_of_a_window(tmp_path):
-    # In a process of its own: the profiler crashes in one that loaded libtpu to compile with.
-    program = "import pathlib, sys; from tests.train import test_progress as t; "
-    program += "t.profiled_run(pathlib.Path(sys.argv[1]))"
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    subprocess.run(command, check=True, cwd=pathlib.Path(__file__).parents[2], timeout=300)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
