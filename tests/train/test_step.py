@@ -207,3 +207,18 @@ def test_given_parameters_are_copied_not_donated():
     )
     np.testing.assert_array_equal(start.params["head"], given["head"])
     assert start.params["head"].unsafe_buffer_pointer() != given["head"].unsafe_buffer_pointer()
+
+
+def test_micro_batches_take_every_nth_row_wherever_rows_lie():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    sharding = step.batch_sharding(mesh, ShardingRules())
+    rows = np.arange(16, dtype=np.int32)
+    placed = step.put_batch({"row": rows}, 2, sharding)["row"]
+    np.testing.assert_array_equal(placed, [rows[0::2], rows[1::2]])
+    # A device holds the same rows of the batch whatever the accumulation is.
+    whole = step.put_batch({"row": rows}, 1, sharding)["row"]
+    for a, b in zip(placed.addressable_shards, whole.addressable_shards, strict=True):
+        np.testing.assert_array_equal(np.sort(np.ravel(a.data)), np.ravel(b.data))
+    assert step.process_rows(16, sharding) == range(16)
+    with pytest.raises(ValueError, match="12 rows cannot be divided into 2 micro-batches"):
+        step.put_batch({"row": rows[:12]}, 2, sharding)
