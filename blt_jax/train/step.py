@@ -23,6 +23,18 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, *rules.spec(("batch",))))
 
 
+def check_rows(rows: int, accumulation: int, sharding: NamedSharding) -> None:
+    """Raises ValueError if `rows` cannot be divided over micro-batches and devices."""
+    axes = sharding.spec[1] or ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    parts = int(np.prod([sharding.mesh.shape[axis] for axis in axes], initial=1))
+    if rows % (accumulation * parts):
+        raise ValueError(
+            f"batch of {rows} rows cannot be divided into {accumulation} micro-batches over "
+            f"{parts} devices (mesh axes {axes}): change batch_size, accumulation or the mesh"
+        )
+
+
 def put_batch(
     batch: dict[str, np.ndarray], accumulation: int, sharding: NamedSharding
 ) -> dict[str, jax.Array]:
@@ -30,17 +42,10 @@ def put_batch(
 
     Raises ValueError if the rows cannot be divided over micro-batches and devices.
     """
-    axes = sharding.spec[1] or ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    parts = int(np.prod([sharding.mesh.shape[axis] for axis in axes], initial=1))
     placed = {}
     for name, value in batch.items():
         rows = value.shape[0] * jax.process_count()
-        if rows % (accumulation * parts):
-            raise ValueError(
-                f"batch of {rows} rows cannot be divided into {accumulation} micro-batches over "
-                f"{parts} devices (mesh axes {axes}): change batch_size, accumulation or the mesh"
-            )
+        check_rows(rows, accumulation, sharding)
         value = value.reshape(accumulation, -1, *value.shape[1:])
         placed[name] = jax.make_array_from_process_local_data(sharding, value)
     return placed
