@@ -45,3 +45,59 @@ def test_report_of_a_train_step(report):
     mfu = numbers["estimate"]["mfu"]
     assert 0 < mfu["collectives_exposed"] <= mfu["collectives_hidden"] <= 1
     assert "not measured" in text and "transformer/layers/mlp/gate" in text
+
+
+def test_a_run_that_does_not_fit_names_a_lever():
+    big = [f"--config.model.transformer.{name}" for name in ("d_model=1024", "num_heads=8")]
+    rows = ("--config.data.batch_size=4096", "--config.data.sequence_length=4096")
+    result = program(SMOKE, "--topology=v5e:1x1", *big, *rows)
+    assert result.returncode == 1
+    assert "does not fit" in result.stderr and "parameters 0.0" in result.stderr
+    assert "--config.model.transformer.remat=FULL" in result.stderr
+    assert "--config.accumulation=4096" in result.stderr
+
+
+def test_sweep(tmp_path):
+    path = tmp_path / "sweep.json"
+    tried = ("--sweep", "--sweep_tensor=1,2", "--sweep_rows=4,8", "--sweep_remat=FULL")
+    result = program(SMOKE, "--topology=v5e:2x2", *tried, f"--output={path}")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(path.read_text())
+    assert {(row["tensor"], row["rows"]) for row in rows} == {(1, 4), (1, 8), (2, 4), (2, 8)}
+    assert all("problem" not in row for row in rows) and any(row["pareto"] for row in rows)
+    assert "| data | fsdp | tensor | remat | rows |" in result.stdout
+
+
+def test_decode_step(tmp_path):
+    path = tmp_path / "decode.json"
+    options = ("--topology=v5e:2x2", "--program=decode", "--batch=8", "--length=256")
+    result = program(SMOKE, *options, f"--output={path}")
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(path.read_text())
+    assert numbers["tokens"] == 8 and "optimizer" not in numbers["bytes_per_device"]
+    cache = 2 * 8 * 2 * 256 * 8 * 2  # keys and values, rows, heads, slots, width, bfloat16
+    assert numbers["bytes_per_device"]["inputs"] >= cache / 4
+
+
+def test_lowering_for_cuda(tmp_path):
+    path = tmp_path / "cuda.json"
+    result = program(SMOKE, "--topology=cuda:8", f"--output={path}")
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(path.read_text())
+    assert numbers["devices"] == 8 and numbers["module_bytes"] > 10_000
+    assert "not compiled" in numbers["estimate"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((SMOKE, "--topology=v9:2x2"), "v4, v5e, v5p, v6e"),
+        ((SMOKE, "--topology=v5e:3x999"), "libtpu does not know it"),
+        (("--config=experiments/llama3.py:nothing",), "its runs are"),
+        ((SMOKE, "--topology=v5e:2x2", "--part=blt"), "--part=blt"),
+        ((SMOKE, "--topology=v5e:2x2", "--phase=7"), "phases 0..1"),
+    ],
+)
+def test_bad_command_lines(arguments, message):
+    result = program(*arguments)
+    assert result.returncode == 2 and message in result.stderr
