@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_list(name, default, text, flag_values=values)
     flags.DEFINE_bool("help", False, "shows this help", short_name="h", flag_values=values)
     if any(argument.lstrip("-") in ("help", "h") for argument in argv[1:]):
-        values(argv[:1] + ["--help"])
+        values([argv[0], "--help"])
         return values
     for argument in argv[1:]:
         if argument.startswith("--topology="):
@@ -84,7 +84,13 @@ def run(values: flags.FlagValues) -> None:
         numbers = sweep(config, phase, values.topology, mesh, _sweep_axes(values), print)
         print(format_sweep(numbers))
     else:
-        numbers = compilation.report(programs.make_job(values, mesh), values.topology)
+        try:
+            numbers = compilation.report(programs.make_job(values, mesh), values.topology)
+        except compilation.DoesNotFitError as error:
+            numbers = {"topology": values.topology, "problem": str(error)}
+            if values.output:
+                compilation.write_report(numbers, values.output)
+            raise
         print(compilation.format_report(numbers))
     if values.output:
         compilation.write_report(numbers, values.output)
@@ -99,7 +105,9 @@ def _sweep_axes(values: flags.FlagValues):
 
     unknown = set(values.sweep_remat) - set(Remat.__members__)
     if unknown:
-        raise ValueError(f"--sweep_remat={unknown.pop()}: allowed are {', '.join(Remat.__members__)}")
+        raise ValueError(
+            f"--sweep_remat={unknown.pop()}: allowed are {', '.join(Remat.__members__)}"
+        )
     return Axes(
         data=numbers("sweep_data"),
         tensor=numbers("sweep_tensor"),

@@ -154,9 +154,7 @@ def _on_pod(
     phases = run.phases[: len(llama3.BATCH_SCHEDULE)]
     return dataclasses.replace(
         run,
-        model=dataclasses.replace(
-            run.model, transformer=transformer, logits_chunk=logits_chunk
-        ),
+        model=dataclasses.replace(run.model, transformer=transformer, logits_chunk=logits_chunk),
         mesh=mesh,
         phases=tuple(
             dataclasses.replace(phase, accumulation=phase.data.batch_size // rows)

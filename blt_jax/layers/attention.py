@@ -80,5 +80,5 @@ def dense_causal_attention(
     """As `causal_attention`, with the whole mask: the truth for tests, and best for short rows."""
     index_T = jnp.arange(q.shape[1])
     mask = causal_mask(index_T, index_T, segment_ids, segment_ids, window)
-    # Every form names its result for the remat policies, in the layout that its backward pass reads.
+    # Every form names its result for the remat policies, as its backward pass reads it.
     return checkpoint_name(masked_attention(q, k, v, mask, scale=scale), "attention")

@@ -85,7 +85,8 @@ def splash_flops(call: Any) -> float:
     if match is None:
         raise ValueError(f"Pallas call {call.params['name']} is no splash kernel")
     grid = call.params["grid_mapping"].grid
-    T, K = next(x.aval.shape[-2:] for x in call.invars if x.aval.ndim >= 3 and x.aval.shape[-1] > 1)
+    queries = (x.aval for x in call.invars if jnp.issubdtype(x.aval.dtype, jnp.floating))
+    T, K = next(queries).shape[-2:]
     block = _block(T)
     blocks = T // block
     # Blocks above the diagonal are steps of the grid without work; a window has none of them.

@@ -118,9 +118,7 @@ def train_job(config: Pretraining, phase: Phase, mesh: Mesh, prefix: str = "") -
     abstract = state_lib.abstract_state(model, optimizer, averaging)
     shardings = state_lib.state_shardings(model, optimizer, abstract, mesh)
     batch = batch_shapes(config, phase, mesh)
-    step = make_train_step(
-        model.loss, optimizer, config.optimizer, config.learning_rate, averaging
-    )
+    step = make_train_step(model.loss, optimizer, config.optimizer, config.learning_rate, averaging)
     tokens = batch["tokens"].size
     length = config.phase_data(phase).sequence_length
     sizes = {
@@ -247,9 +245,7 @@ def compile_job(job: Job) -> tuple[Any, str, float]:
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(job.mesh), _cache_off():
-        jitted = jax.jit(
-            job.function, donate_argnums=job.donated, out_shardings=job.out_shardings
-        )
+        jitted = jax.jit(job.function, donate_argnums=job.donated, out_shardings=job.out_shardings)
         # The text of a compiled TPU program cannot always be made from the executable.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
@@ -264,24 +260,23 @@ def compile_job(job: Job) -> tuple[Any, str, float]:
 
 
 def _does_not_fit(job: Job, message: str) -> str:
-    kind = _kind(job.mesh)
-    used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
-    need = f"needs {used.group(1)}B of {used.group(2)}B" if used else "needs more than there is"
-    return advice(job, f"does not fit: each device ({kind}) {need}")
+    used = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
+    need = f"{used.group(1)} of {used.group(2)}" if used else message.splitlines()[0][:300]
+    return advice(job, f"does not fit on {_kind(job.mesh)}: {need}")
 
 
 def advice(job: Job, reason: str) -> str:
     """A message that says what is large and the nearest lever against it."""
     chip = flops_lib.chip(_kind(job.mesh))
-    fixed = sum(job.sizes.values())
-    sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in job.sizes.items() if size)
-    if chip and chip.memory and fixed > 0.75 * chip.memory:
-        lever = (
-            "the arguments alone take most of it: more devices along the mesh axes fsdp or tensor"
-        )
+    sizes = dict(job.sizes)
+    if job.donated:
+        sizes["gradients"] = sizes["parameters"]
+    listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in sizes.items() if size)
+    if chip and chip.memory and sum(sizes.values()) > 0.6 * chip.memory:
+        lever = "these alone take most of it: more devices along the mesh axes fsdp or tensor"
     else:
         lever = "; then ".join(job.levers)
-    return f"{reason}. Arguments per device: {sizes}; the rest is temporaries. Lever: {lever}."
+    return f"{reason}. Per device: {listed}; the rest is temporaries. Lever: {lever}."
 
 
 def report(job: Job, topology: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One jax device, from its maker's data sheet.

@@ -17,9 +17,12 @@ _COLLECTIVE = re.compile(
 )
 # Instructions that move nothing themselves, or whose bytes are those of other instructions.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota "
-    "partition-id replica-id copy-start copy-done async-start async-update async-done "
-    "opt-barrier add-dependency all-gather-done all-reduce-done collective-permute-done".split()
+    (
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"),
+        *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
+        *("copy-start", "copy-done", "async-start", "async-update", "async-done"),
+        *("add-dependency", "all-gather-done", "all-reduce-done", "collective-permute-done"),
+    )
 )
 
 

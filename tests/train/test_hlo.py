@@ -32,7 +32,7 @@ ENTRY %main (q: (s32[], bf16[8,128]), w: f32[10,64]) -> f32[1,64] {
   %w = f32[10,64]{1,0} parameter(1)
   %loop = (s32[], bf16[8,128]{1,0}) while(%q), condition=%condition, body=%body
   %k = s32[] get-tuple-element(%loop), index=0
-  %r = f32[64]{0} all-reduce(%w), channel_id=2, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%x
+  %r = f32[64]{0} all-reduce(%w), channel_id=2, replica_groups={{0,4},{1,5},{2,6},{3,7}}
   ROOT %f = f32[1,64]{1,0} fusion(%w, %k), kind=kLoop, calls=%sliced
 }
 """
