@@ -13,6 +13,7 @@ import dataclasses
 
 from blt_jax.data.loader import DataConfig, evaluation_config
 from blt_jax.data.sources import SourceConfig
+from blt_jax.dist.mesh import MeshConfig
 from blt_jax.layers.transformer import Remat, TransformerConfig
 from blt_jax.models import blt, llama3
 from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
@@ -272,7 +273,45 @@ def blt_8b() -> BLTPretraining:
     return _paper(blt.paper_8b(), 16384, 1024)
 
 
-RUNS = (smoke, tiny, proof, proof_seeds, baseline, blt_400m, blt_1b, blt_2b, blt_4b, blt_8b)
+def _on_pod(run: BLTPretraining, mesh: MeshConfig, rows: int) -> BLTPretraining:
+    """A paper-size run on a pod, `rows` at once; what it takes is in docs/results/pods.md."""
+    accumulation = run.blt.data.batch_size // rows
+    return dataclasses.replace(
+        run, mesh=mesh, blt=dataclasses.replace(run.blt, accumulation=accumulation)
+    )
+
+
+def blt_1b_v5e_256() -> BLTPretraining:
+    """The 1B model on v5e:16x16."""
+    return _on_pod(blt_1b(), MeshConfig(data=8, fsdp=32), 512)
+
+
+def blt_1b_v5p_64() -> BLTPretraining:
+    """The 1B model on v5p:4x4x4."""
+    return _on_pod(blt_1b(), MeshConfig(data=8, fsdp=8), 512)
+
+
+def blt_8b_v5e_256() -> BLTPretraining:
+    """The 8B model on v5e:16x16."""
+    return _on_pod(blt_8b(), MeshConfig(data=8, fsdp=32), 256)
+
+
+def blt_8b_v5p_64() -> BLTPretraining:
+    """The 8B model on v5p:4x4x4."""
+    return _on_pod(blt_8b(), MeshConfig(data=2, fsdp=32), 128)
+
+
+def blt_8b_v6e_256() -> BLTPretraining:
+    """The 8B model on v6e:16x16."""
+    return _on_pod(blt_8b(), MeshConfig(data=8, fsdp=32), 256)
+
+
+PODS = (blt_1b_v5e_256, blt_1b_v5p_64, blt_8b_v5e_256, blt_8b_v5p_64, blt_8b_v6e_256)
+RUNS = (
+    *(smoke, tiny, proof, proof_seeds, baseline),
+    *(blt_400m, blt_1b, blt_2b, blt_4b, blt_8b),
+    *PODS,
+)
 
 
 def get_config(run: str = "tiny") -> Experiment:

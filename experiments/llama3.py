@@ -17,6 +17,7 @@ import dataclasses
 from blt_jax.data.loader import DataConfig
 from blt_jax.data.sources import SourceConfig
 from blt_jax.data.tokenizers import TokenizerConfig, TokenizerKind
+from blt_jax.dist.mesh import MeshConfig
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import llama3
 from blt_jax.recipes.language_model import LanguageModel
@@ -142,7 +143,74 @@ def llama3_405b() -> LanguageModel:
     return _paper(llama3.llama3_405b(), 8e-5)
 
 
-RUNS = (smoke, tiny, proof, proof_seeds, llama3_8b, llama3_70b, llama3_405b)
+def _on_pod(
+    run: LanguageModel, mesh: MeshConfig, rows: int, remat: Remat, logits_chunk: int
+) -> LanguageModel:
+    """The 8K stages of a run on a pod, `rows` at once; longer rows need a mesh with a context axis.
+
+    What each layout takes is in docs/results/pods.md.
+    """
+    transformer = dataclasses.replace(run.model.transformer, remat=remat)
+    phases = run.phases[: len(llama3.BATCH_SCHEDULE)]
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, transformer=transformer, logits_chunk=logits_chunk),
+        mesh=mesh,
+        phases=tuple(
+            dataclasses.replace(phase, accumulation=phase.data.batch_size // rows)
+            for phase in phases
+        ),
+        averaging=AveragingConfig(),
+    )
+
+
+def llama3_8b_v5e_256() -> LanguageModel:
+    """The 8B model on v5e:16x16."""
+    mesh = MeshConfig(data=8, fsdp=32)
+    return _on_pod(llama3_8b(), mesh, 256, Remat.FULL, logits_chunk=2048)
+
+
+def llama3_8b_v5p_64() -> LanguageModel:
+    """The 8B model on v5p:4x4x4."""
+    mesh = MeshConfig(data=2, fsdp=32)
+    return _on_pod(llama3_8b(), mesh, 256, Remat.SAVE_NAMES, logits_chunk=4096)
+
+
+def llama3_8b_v6e_256() -> LanguageModel:
+    """The 8B model on v6e:16x16."""
+    mesh = MeshConfig(data=8, fsdp=32)
+    return _on_pod(llama3_8b(), mesh, 256, Remat.SAVE_NAMES, logits_chunk=4096)
+
+
+def llama3_70b_v5p_64() -> LanguageModel:
+    """The 70B model on v5p:4x4x4."""
+    mesh = MeshConfig(data=1, fsdp=64)
+    return _on_pod(llama3_70b(), mesh, 64, Remat.FULL, logits_chunk=4096)
+
+
+def llama3_70b_v6e_256() -> LanguageModel:
+    """The 70B model on v6e:16x16."""
+    mesh = MeshConfig(data=1, fsdp=64, tensor=4)
+    return _on_pod(llama3_70b(), mesh, 64, Remat.FULL, logits_chunk=4096)
+
+
+def llama3_405b_v5p_1024() -> LanguageModel:
+    """The 405B model on v5p:8x8x16."""
+    mesh = MeshConfig(data=1, fsdp=128, tensor=8)
+    return _on_pod(llama3_405b(), mesh, 128, Remat.FULL, logits_chunk=8192)
+
+
+def llama3_405b_v6e_256() -> LanguageModel:
+    """The 405B model on v6e:16x16, which does not fit."""
+    mesh = MeshConfig(data=1, fsdp=32, tensor=8)
+    return _on_pod(llama3_405b(), mesh, 32, Remat.FULL, logits_chunk=2048)
+
+
+PODS = (
+    *(llama3_8b_v5e_256, llama3_8b_v5p_64, llama3_8b_v6e_256, llama3_70b_v5p_64),
+    *(llama3_70b_v6e_256, llama3_405b_v5p_1024, llama3_405b_v6e_256),
+)
+RUNS = (smoke, tiny, proof, proof_seeds, llama3_8b, llama3_70b, llama3_405b, *PODS)
 
 
 def get_config(run: str = "tiny") -> Experiment:

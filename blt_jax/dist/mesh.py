@@ -95,3 +95,10 @@ def make_mesh(
             allow_split_physical_axes=True,
         )
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def platform() -> str:
+    """What a program is made for: the platform of the current mesh's devices ("cpu", "gpu", "tpu"),
+    which need not be here, or the default one outside a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -182,3 +182,24 @@ def init_params(model: nn.Module, key: jax.Array, mesh: Mesh | None = None) -> d
         return jax.jit(init)(key)
     with jax.set_mesh(mesh):
         return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
+
+
+def sharding_report(model: nn.Module, mesh: Mesh) -> list[dict[str, Any]]:
+    """Where every parameter lies: name, shape, logical and mesh axes, bytes on one device."""
+
+    def row(path, leaf, names, sharding):
+        size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        return {
+            "name": "/".join(str(key.key) for key in path),
+            "shape": list(leaf.shape),
+            "logical": list(names),
+            "physical": [list((axes,) if isinstance(axes, str) else axes or ()) for axes in sharding.spec],
+            "bytes_per_device": size,
+        }
+
+    shapes = param_shapes(model)
+    is_names = lambda node: isinstance(node, tuple)  # noqa: E731
+    names = jax.tree.leaves(logical_axes(model), is_leaf=is_names)
+    shardings = jax.tree.leaves(param_shardings(model, mesh))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return [row(*leaf, *rest) for leaf, *rest in zip(leaves, names, shardings, strict=True)]

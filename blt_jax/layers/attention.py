@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from blt_jax.dist.mesh import platform
 from blt_jax.layers.block_attention import block_attention
 from blt_jax.layers.masks import NEGATIVE, causal_mask
+from blt_jax.layers.tpu_attention import splash_attention
 
 MAX_DENSE = 128
 """Longest row for which `causal_attention` builds the whole mask."""
@@ -49,7 +52,8 @@ def causal_attention(
 
     segment_ids: 0 = padding (output 0), 1.. = documents. A window of w shows a query itself and
     the w - 1 positions before it; 0 means no window. Short rows take the dense form, longer ones
-    go by blocks: memory is linear in T, and so is time with a window.
+    go by blocks: memory is linear in T, and so is time with a window. Programs for TPU take a
+    kernel for them.
     """
     H, G = q.shape[2], k.shape[2]
     if H % G:
@@ -59,6 +63,8 @@ def causal_attention(
     if q.shape[1] <= MAX_DENSE:
         return dense_causal_attention(q, k, v, segment_ids, window=window, scale=scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    if platform() == "tpu":
+        return splash_attention(q, k, v, segment_ids, window=window, scale=scale)
     return block_attention(q, k, v, segment_ids, window=window, scale=scale)
 
 
@@ -74,4 +80,5 @@ def dense_causal_attention(
     """As `causal_attention`, with the whole mask: the truth for tests, and best for short rows."""
     index_T = jnp.arange(q.shape[1])
     mask = causal_mask(index_T, index_T, segment_ids, segment_ids, window)
-    return masked_attention(q, k, v, mask, scale=scale)
+    # Every form names its result for the remat policies, as its backward pass reads it.
+    return checkpoint_name(masked_attention(q, k, v, mask, scale=scale), "attention")

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from blt_jax.dist.mesh import platform
 from blt_jax.dist.sharding import ShardingRules
 
 
@@ -21,9 +22,9 @@ class Precision(enum.Enum):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """bfloat16 on accelerators and float32 on CPU for AUTO."""
+        """For AUTO bfloat16, and float32 in programs for CPU."""
         if self is Precision.AUTO:
-            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+            return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
         return jnp.dtype(self.value)
 
 

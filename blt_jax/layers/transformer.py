@@ -152,7 +152,7 @@ class SelfAttention(nn.Module):
         out = sharded_causal_attention(
             q, k, v, segment_ids, window=config.window, sharding=self.sharding, pieces=self.pieces
         )
-        out = checkpoint_name(constrain(out, names, self.sharding), "attention")
+        out = constrain(out, names, self.sharding)
         return project(out, wo, num_input_axes=2), KeyValues(k, v)
 
 

@@ -674,8 +674,13 @@ class BLT(Model):
         return sums.replace(metrics=sums.metrics | metrics)
 
     def flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs per byte, from the shapes of all products; the entropy model is apart."""
+        """Forward FLOPs per byte, from the shapes of all products; the entropy model is apart.
+
+        A row of context_length bytes has one patch per mean_patch_bytes, and at most max_patches.
+        """
         config, p, k = self.config, self.config.mean_patch_bytes, self.config.cross_attn_k
+        if config.max_patches:
+            p = max(p, context_length / config.max_patches)
         width, latent_width, window = (
             config.local_encoder.d_model,
             config.latent.d_model,

@@ -1,39 +1,61 @@
 """Model FLOPs: peaks of devices, utilisation, and a count over a program's jaxpr."""
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
-# Dense bfloat16 FLOPs per second of one jax device (v2 and v3: one of two cores of a chip;
-# V100 and T4: float16), from the makers' data sheets. Matched by the longest prefix.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA A10G": 70e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "Tesla T4": 65e12,
-    "Tesla V100": 125e12,
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One jax device, from its maker's data sheet.
+
+    flops: dense bfloat16 FLOPs per second. memory: bytes. bandwidth: of the memory, bytes per
+    second. network: bytes per second over all links to other chips. 0: not known.
+    """
+
+    flops: float
+    memory: float = 0.0
+    bandwidth: float = 0.0
+    network: float = 0.0
+
+
+# v2 and v3: one of two cores of a chip; V100 and T4: float16. Matched by the longest prefix.
+CHIPS = {
+    "TPU v2": Chip(22.5e12, 8e9, 350e9),
+    "TPU v3": Chip(61.5e12, 16e9, 450e9),
+    "TPU v4": Chip(275e12, 32e9, 1228e9, 300e9),
+    "TPU v5 lite": Chip(197e12, 16e9, 819e9, 200e9),
+    "TPU v5e": Chip(197e12, 16e9, 819e9, 200e9),
+    "TPU v5": Chip(459e12, 95e9, 2765e9, 600e9),
+    "TPU v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+    "TPU v6 lite": Chip(918e12, 32e9, 1640e9, 448e9),
+    "TPU v6e": Chip(918e12, 32e9, 1640e9, 448e9),
+    "NVIDIA A100": Chip(312e12, 40e9, 1555e9, 600e9),
+    "NVIDIA A10G": Chip(70e12, 24e9, 600e9),
+    "NVIDIA B200": Chip(2250e12, 180e9, 8000e9, 1800e9),
+    "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 900e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 80e9, 2000e9, 600e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 900e9),
+    "NVIDIA L4": Chip(121e12, 24e9, 300e9),
+    "NVIDIA L40S": Chip(362e12, 48e9, 864e9),
+    "Tesla T4": Chip(65e12, 16e9, 320e9),
+    "Tesla V100": Chip(125e12, 16e9, 900e9, 300e9),
 }
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The entry of a device of this kind, None if the kind is not in the table."""
+    fitting = [name for name in CHIPS if device_kind.lower().startswith(name.lower())]
+    return CHIPS[max(fitting, key=len)] if fitting else None
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak FLOPs per second of a device of this kind, None if the kind is not in the table."""
-    fitting = [name for name in PEAK_FLOPS if device_kind.lower().startswith(name.lower())]
-    return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
+    found = chip(device_kind)
+    return found and found.flops
 
 
 def utilization(flops: float, seconds: float, devices: list) -> float | None:
@@ -44,14 +66,20 @@ def utilization(flops: float, seconds: float, devices: list) -> float | None:
     return flops / (seconds * peak * len(devices))
 
 
-def count_flops(function: Callable, *args, while_trips: int | None = None) -> float:
+def count_flops(
+    function: Callable,
+    *args,
+    while_trips: int | None = None,
+    kernel_flops: Callable[[Any], float] | None = None,
+) -> float:
     """FLOPs of the matrix products and convolutions of `function(*args)` (arrays or shapes).
 
     A scan counts its body times its length, a cond its largest branch, a `shard_map` body once
     per device, a Pallas call its own cost estimate. Loops of unknown length need `while_trips`;
-    without it they raise ValueError, as does a Pallas call without an estimate.
+    without it they raise ValueError, as does a Pallas call without an estimate. kernel_flops gives
+    the FLOPs of such a call from its equation.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr, while_trips)
+    return _count(jax.make_jaxpr(function)(*args).jaxpr, while_trips, kernel_flops)
 
 
 def _dot_general(eqn) -> float:
@@ -84,7 +112,7 @@ def _inner(params) -> list:
     return found
 
 
-def _count(jaxpr, while_trips: int | None) -> float:
+def _count(jaxpr, while_trips: int | None, kernel_flops: Callable | None) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -96,11 +124,14 @@ def _count(jaxpr, while_trips: int | None) -> float:
             total += _ragged_dot(eqn)
         elif name == "pallas_call":
             estimate = eqn.params.get("cost_estimate")
-            if estimate is None:
+            if estimate is not None:
+                total += estimate.flops
+            elif kernel_flops is not None:
+                total += kernel_flops(eqn)
+            else:
                 raise ValueError(f"Pallas call {eqn.params.get('name')} has no cost_estimate")
-            total += estimate.flops
         else:
-            inner = [_count(body, while_trips) for body in _inner(eqn.params)]
+            inner = [_count(body, while_trips, kernel_flops) for body in _inner(eqn.params)]
             if name == "scan":
                 total += eqn.params["length"] * sum(inner)
             elif name == "while":

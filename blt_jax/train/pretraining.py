@@ -197,6 +197,14 @@ class Pretraining(Experiment):
         """Micro-batches per step of a phase."""
         return phase.accumulation or self.accumulation
 
+    @property
+    def placed_averaging(self) -> AveragingConfig:
+        """The averaging with its first step as a number."""
+        if self.averaging.start >= 0:
+            return self.averaging
+        last = self.total_steps - self.all_phases[-1].steps
+        return dataclasses.replace(self.averaging, start=last)
+
     def learning_rate(self, step: jax.Array | int) -> jax.Array:
         """Learning rate of step `step` (from 0), over all phases; float32 scalar."""
         step = jnp.asarray(step, jnp.int32)
@@ -291,10 +299,7 @@ class _Fitting:
         self.build = build
         self.batch_sharding = batch_sharding(context.mesh, config.sharding)
         self.training_batches: Any = None
-        self.averaging = config.averaging
-        if self.averaging.start < 0:
-            last = config.total_steps - config.all_phases[-1].steps
-            self.averaging = dataclasses.replace(self.averaging, start=last)
+        self.averaging = config.placed_averaging
 
     def say(self, line: str) -> None:
         if not self.config.logging.quiet and jax.process_index() == 0:

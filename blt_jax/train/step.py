@@ -23,14 +23,29 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, *rules.spec(("batch",))))
 
 
-def _row_parts(sharding: NamedSharding) -> tuple[int, list[int]]:
-    """Into how many parts the rows of a batch are divided, and which lie on this process."""
+def _row_parts(sharding: NamedSharding) -> int:
+    """Into how many parts the rows of a batch are divided."""
     axes = sharding.spec[1] or ()
     axes = (axes,) if isinstance(axes, str) else axes
-    parts = int(np.prod([sharding.mesh.shape[axis] for axis in axes], initial=1))
-    rows = NamedSharding(sharding.mesh, PartitionSpec(axes))
-    slices = rows.addressable_devices_indices_map((parts,)).values()
-    return parts, sorted({index[0].start or 0 for index in slices})
+    return int(np.prod([sharding.mesh.shape[axis] for axis in axes], initial=1))
+
+
+def _own_parts(sharding: NamedSharding) -> list[int]:
+    """The parts of the rows that lie on this process."""
+    rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[1]))
+    slices = rows.addressable_devices_indices_map((_row_parts(sharding),)).values()
+    return sorted({index[0].start or 0 for index in slices})
+
+
+def check_rows(rows: int, accumulation: int, sharding: NamedSharding) -> None:
+    """Raises ValueError if `rows` cannot be divided over micro-batches and devices."""
+    parts = _row_parts(sharding)
+    if rows % (accumulation * parts):
+        raise ValueError(
+            f"batch of {rows} rows cannot be divided into {accumulation} micro-batches over "
+            f"{parts} devices (mesh {dict(sharding.mesh.shape)}): change batch_size, "
+            "accumulation or the mesh"
+        )
 
 
 def process_rows(batch_size: int, sharding: NamedSharding) -> Sequence[int]:
@@ -41,14 +56,14 @@ def process_rows(batch_size: int, sharding: NamedSharding) -> Sequence[int]:
     """
     if jax.process_count() == 1:
         return range(batch_size)
-    parts, own = _row_parts(sharding)
+    parts = _row_parts(sharding)
     if batch_size % parts:
         raise ValueError(
             f"batch_size {batch_size} cannot be divided over {parts} parts of the mesh "
             f"{dict(sharding.mesh.shape)}: change batch_size or the mesh"
         )
     size = batch_size // parts
-    return [part * size + row for part in own for row in range(size)]
+    return [part * size + row for part in _own_parts(sharding) for row in range(size)]
 
 
 def put_batch(
@@ -59,16 +74,11 @@ def put_batch(
     Micro-batch a holds the rows a, a + accumulation, ... of the batch on any number of processes.
     Raises ValueError if the rows cannot be divided over micro-batches and devices.
     """
-    parts, own = _row_parts(sharding)
+    parts, own = _row_parts(sharding), len(_own_parts(sharding))
     placed = {}
     for name, value in batch.items():
-        rows = value.shape[0] * parts // len(own)
-        if rows % (accumulation * parts):
-            raise ValueError(
-                f"batch of {rows} rows cannot be divided into {accumulation} micro-batches over "
-                f"{parts} devices (mesh {dict(sharding.mesh.shape)}): change batch_size, "
-                "accumulation or the mesh"
-            )
+        rows = value.shape[0] * parts // own
+        check_rows(rows, accumulation, sharding)
         value = value.reshape(-1, accumulation, *value.shape[1:]).swapaxes(0, 1)
         shape = (accumulation, rows // accumulation, *value.shape[2:])
         placed[name] = jax.make_array_from_process_local_data(sharding, value, shape)

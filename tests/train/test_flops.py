@@ -1,0 +1,95 @@
+"""FLOPs of models against those of their traced and compiled programs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from blt_jax.layers.transformer import Remat, TransformerConfig
+from blt_jax.models import blt, llama3
+from blt_jax.train import flops
+from blt_jax.train.state import abstract_params
+
+LENGTH = 256
+"""Blocks of attention hold more keys than the mask shows, so the models are wide for it."""
+
+
+def stack(width, layers, **options):
+    return TransformerConfig(
+        num_layers=layers, d_model=width, num_heads=4, scan_layers=False, **options
+    )
+
+
+def llama():
+    return llama3.Llama3Config(vocab_size=512, transformer=stack(256, 2, mlp_dim=2048))
+
+
+def entropy_model():
+    return blt.EntropyModelConfig(transformer=stack(512, 2, mlp_dim=4096, window=128))
+
+
+def byte_latent():
+    local = stack(256, 1, mlp_dim=4096, window=64)
+    return blt.BLTConfig(
+        local_encoder=local,
+        latent=stack(1024, 2, mlp_dim=4096),
+        local_decoder=local,
+        ngrams=blt.NgramConfig(sizes=(3,), vocab_size=101),
+        max_patches=64,
+        mean_patch_bytes=4.0,
+    )
+
+
+def batch(model):
+    shape = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    names = ("tokens", "targets", "segment_ids", "positions", "target_bytes")
+    arrays = dict.fromkeys(names, shape)
+    arrays["target_mask"] = jax.ShapeDtypeStruct((1, LENGTH), jnp.bool_)
+    if isinstance(model, blt.BLT):
+        arrays["starts"] = jax.ShapeDtypeStruct((1, LENGTH + 1), jnp.bool_)
+    return arrays
+
+
+def forward_and_gradient(model):
+    def loss(params, batch):
+        return model.loss(params, batch).objective
+
+    return loss, jax.grad(loss), abstract_params(model), batch(model)
+
+
+@pytest.mark.parametrize("config", [llama, entropy_model, byte_latent])
+def test_models_agree_with_their_programs(config):
+    model = config().build()
+    loss, gradient, params, data = forward_and_gradient(model)
+    stated = model.flops_per_token(LENGTH) * LENGTH
+    counted = flops.count_flops(loss, params, data, while_trips=1)
+    assert counted == pytest.approx(stated, rel=0.03)
+    compiled = jax.jit(loss).lower(params, data).compile().cost_analysis()["flops"]
+    assert compiled == pytest.approx(stated, rel=0.03)
+    backward = flops.count_flops(gradient, params, data, while_trips=1)
+    assert backward == pytest.approx(3 * stated, rel=0.03)
+
+
+@pytest.mark.parametrize("config", [llama, byte_latent])
+def test_full_remat_adds_a_forward_pass_of_its_layers(config):
+    settings = config()
+    name = "transformer" if config is llama else "latent"
+    layers = getattr(settings, name)
+    rows = float(LENGTH if config is llama else settings.max_patches)
+    remat = dataclasses.replace(settings, **{name: dataclasses.replace(layers, remat=Remat.FULL)})
+    counts = []
+    for each in (settings, remat):
+        _, gradient, params, data = forward_and_gradient(each.build())
+        counts.append(flops.count_flops(gradient, params, data, while_trips=1))
+    again = layers.flops_per_token(rows) * rows
+    # The last products of a layer are not needed again.
+    assert counts[0] + 0.7 * again < counts[1] <= counts[0] + 1.05 * again
+
+
+def test_chips():
+    assert flops.peak_flops("TPU v5 lite") == 197e12
+    assert flops.peak_flops("TPU v5") == flops.peak_flops("TPU v5p") == 459e12
+    assert flops.chip("TPU v6 lite").memory == 32e9
+    assert flops.chip("NVIDIA H100 80GB HBM3").bandwidth == 3350e9
+    assert flops.chip("cpu") is None and flops.peak_flops("cpu") is None
