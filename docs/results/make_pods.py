@@ -19,12 +19,16 @@ Peak is the compiler's memory of one device, parameters, optimizer, gradients, a
 program included. MFU is an estimate: model FLOPs over the time of a roofline of data-sheet peaks
 (matrix products and attention kernels at the chip's peak or memory bandwidth, the rest at memory
 bandwidth), with collectives hidden behind it / after it. The first is optimistic by nature: real
-programs do not reach these peaks. Program FLOPs count recomputation. `python docs/results/make_pods.py`
-writes this table from `docs/results/pods/*.json`.
+programs do not reach these peaks. Program FLOPs count recomputation.
+`python docs/results/make_pods.py` writes this table from `docs/results/pods/*.json`.
 
-| run | topology | mesh | tokens per step | peak / memory, GB | model / program FLOPs | time of products, other memory, collectives, s | estimated MFU, hidden / exposed | compiled in, s |
-|---|---|---|---|---|---|---|---|---|
 """
+
+COLUMNS = (
+    *("run", "topology", "mesh", "tokens per step", "peak / memory, GB"),
+    *("model / program FLOPs", "time of products, other memory, collectives, s"),
+    *("estimated MFU, hidden / exposed", "compiled in, s"),
+)
 
 
 def row(name: str, numbers: dict) -> str:
@@ -52,6 +56,7 @@ def page() -> str:
     newest = max(datetime.date.fromtimestamp(path.stat().st_mtime) for path in files)
     lines = [row(path.stem, json.loads(path.read_text())) for path in files]
     notes = HERE / "pods" / "notes.md"
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines]
     return HEAD.format(date=newest) + "\n".join(lines) + "\n\n" + notes.read_text()
 
 
