@@ -189,11 +189,21 @@ class Program:
             index = int(parameter.rest.split(")")[0])
             full = operands[index] if index < len(operands) else 0
             total += min(full, self._read(body, parameter.name, full))
-        updates = [y for y in body.values() if y.opcode == "dynamic-update-slice"]
-        if updates:  # written in place, as large as the update
-            written = sum(sum(array_bytes(body[y.operands[1]].result)) for y in updates)
-            return total + min(results, written)
-        return total + results
+        return total + min(results, self._written(body, results))
+
+    def _written(self, body: dict[str, Instruction], full: int) -> int:
+        """Bytes that a fusion writes: its results, or what it updates of them in place."""
+        written = [
+            sum(array_bytes(body[y.operands[1]].result))
+            for y in body.values()
+            if y.opcode == "dynamic-update-slice"
+        ]
+        for y in body.values():
+            if y.opcode == "fusion":
+                size = sum(array_bytes(y.result))
+                inside = self._written(self.computations[y.called[0]], size)
+                written += [inside] if inside < size else []
+        return sum(written) if written else full
 
     def _read(self, body: dict[str, Instruction], name: str, full: int) -> float:
         """Bytes of a fusion's parameter that are read: all, or those of its slices."""
@@ -205,6 +215,15 @@ class Program:
                 total += sum(array_bytes(y.result))
             elif y.opcode == "bitcast":
                 total += self._read(body, y.name, full)
+            elif y.opcode == "fusion":
+                inner = self.computations[y.called[0]]
+                index = y.operands.index(name)
+                parameter = next(
+                    z.name
+                    for z in inner.values()
+                    if z.opcode == "parameter" and z.rest.startswith(f"{index})")
+                )
+                total += self._read(inner, parameter, full)
             elif y.opcode == "dynamic-update-slice" and y.operands[0] == name:
                 continue
             else:
