@@ -50,6 +50,7 @@ from blt_jax.layers.projection import (
     truncated_normal,
 )
 from blt_jax.layers.rope import rope_table
+from blt_jax.layers.segments import document_positions
 from blt_jax.layers.transformer import (
     Block,
     KeyValues,
@@ -165,7 +166,7 @@ def patch_layout(
         encoder_ids=encoder_ids,
         decoder_ids=blt_patching.decoder_ids(starts, segment_ids),
         segment_ids=patch_segments,
-        positions=blt_patching.document_positions(patch_segments),
+        positions=document_positions(patch_segments),
     )
 
 
@@ -540,7 +541,7 @@ class BLT(Model):
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
-            positions = blt_patching.document_positions(segment_ids)
+            positions = document_positions(segment_ids)
         # Padding never indexes a table, whatever id the data gave it.
         tokens = jnp.where(segment_ids > 0, tokens, 0)
         layout = patch_layout(starts, segment_ids, self.config.max_patches or tokens.shape[1])
