@@ -42,6 +42,7 @@ from blt_jax.layers.attention import causal_attention, masked_attention
 from blt_jax.layers.cache import LayerCache
 from blt_jax.layers.embed import Embed, Head, check_token_ids
 from blt_jax.layers.language_model import NextTokenModel
+from blt_jax.layers.masks import NEGATIVE
 from blt_jax.layers.mlp import swiglu
 from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.projection import project, truncated_normal
@@ -80,7 +81,7 @@ from blt_jax.models.megalodon_memory import (
 
 
 def normalised_queries_keys(
-    config: MegalodonConfig, w: dict[str, jax.Array], x: Float[Array, "B T D"]
+    config: MegalodonConfig, w: dict[str, Any], x: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
     """Queries and keys from one shared vector per head, of length 1 before their gains."""
     z_BTHK = (project(x, w["z_kernel"]) + _bias(w["z_bias"], x.dtype)).astype(jnp.float32)
@@ -166,7 +167,7 @@ def dense_chunk_attention(
     mask = mask[:, None]
     if config.attention_dropout_kind is AttentionDropout.KEYS:
         mask = mask & keep
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1, where=mask, initial=-1e30)
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, NEGATIVE), axis=-1), 0.0)
     if config.attention_dropout_kind is AttentionDropout.WEIGHTS:
         weights = jnp.where(keep, weights / (1.0 - rate), 0.0)
     return jnp.einsum("bhts,bshj->bthj", weights.astype(v.dtype), v)
@@ -209,7 +210,7 @@ def dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> ja
 def block(
     config: MegalodonConfig,
     sharding: ShardingRules,
-    w: dict[str, jax.Array],
+    w: dict[str, Any],
     x: Float[Array, "B T D"],
     rope: Float[Array, "B T K"],
     attend: Callable,
@@ -293,7 +294,7 @@ def _shift_rows(x: Float[Array, "B T D"], shift: Int[Array, " B"]) -> Float[Arra
     return jnp.where(((index >= 0) & (index < T))[..., None], moved, 0.0)
 
 
-def _backward_names(w: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _backward_names(w: dict[str, Any]) -> dict[str, jax.Array]:
     return {k.removeprefix("backward_"): v for k, v in w.items() if k.startswith("backward_")}
 
 

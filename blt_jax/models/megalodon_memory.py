@@ -63,7 +63,7 @@ class EmaCoefficients(NamedTuple):
     output_im: jax.Array
 
 
-def ema_coefficients(config: MegalodonConfig, w: dict[str, jax.Array]) -> EmaCoefficients:
+def ema_coefficients(config: MegalodonConfig, w: dict[str, Any]) -> EmaCoefficients:
     """Eq. 2 as released: h = r e^(i phi) h + p x, y = Re(g h). Mega's Eq. 2 for EmaKind.REAL."""
     p = jax.nn.sigmoid(w["ema_alpha"])
     # 1 - p d loses the distance to 1 only below 1e-7 of it, where 16 million tokens are kept.
@@ -269,7 +269,7 @@ def running_statistics(
     return count, anchor + first, jnp.maximum(second - first**2, 0.0)
 
 
-def fresh_norm_state(config: MegalodonConfig, w: dict[str, jax.Array], name: str, rows: int):
+def fresh_norm_state(config: MegalodonConfig, w: dict[str, Any], name: str, rows: int):
     """Statistics before any token: none, or the learned prior."""
     G = config.norm_groups
     mean, variance = jnp.zeros((G,), jnp.float32), jnp.zeros((G,), jnp.float32)
@@ -281,7 +281,7 @@ def fresh_norm_state(config: MegalodonConfig, w: dict[str, jax.Array], name: str
 
 def timestep_norm(
     x: Float[Array, "B T D"],
-    w: dict[str, jax.Array],
+    w: dict[str, Any],
     name: str,
     state: NormState | None,
     documents: Documents | None,
