@@ -44,7 +44,7 @@ from blt_jax.layers.embed import Embed, Head, check_token_ids
 from blt_jax.layers.language_model import NextTokenModel
 from blt_jax.layers.masks import NEGATIVE
 from blt_jax.layers.mlp import swiglu
-from blt_jax.layers.norms import rms_norm
+from blt_jax.layers.norms import layer_norm, rms_norm
 from blt_jax.layers.projection import project, truncated_normal
 from blt_jax.layers.rope import rope_table, rotate
 from blt_jax.models.megalodon_config import (  # noqa: F401
@@ -190,15 +190,6 @@ def _bias(bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return bias.astype(dtype)[None, None]
 
 
-def layer_norm(x: Float[Array, "... D"], weight, bias, eps: float) -> Float[Array, "... D"]:
-    """(x - mean) / deviation over the last axis in float32, times 1 + weight, plus bias."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    scale = lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    shape = (1,) * (x.ndim - 1) + weight.shape
-    return (centred * scale * (weight.reshape(shape) + 1.0) + bias.reshape(shape)).astype(x.dtype)
-
-
 def dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> jax.Array:
     """Inverted dropout with the `number`th key of a layer; without a key, x."""
     if key is None or not rate:
@@ -266,7 +257,7 @@ def block(
         else:
             y = x + dropped(h, config.dropout, key, 2)
     with jax.named_scope("mlp"):
-        h = layer_norm(y, w["mlp_norm_weight"], w["mlp_norm_bias"], eps)
+        h = layer_norm(y, w["mlp_norm_weight"] + 1.0, w["mlp_norm_bias"], eps)
         h = dropped(_mlp(config, sharding, w, h, key), config.dropout, key, 4)
         if config.rescale_mlp:
             h *= _bias(w["mlp_scale"], x.dtype)

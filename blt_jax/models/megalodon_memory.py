@@ -331,19 +331,60 @@ def _timestep_norm(x, affine, start, fresh, documents, config):
     x_BTGD = x.astype(jnp.float32).reshape(B, T, G, D // G)
     mean, variance = token_moments(x_BTGD)
     count, mean, variance = running_statistics(mean, variance, start, fresh, documents)
-    scale = lax.rsqrt(variance + config.norm_eps)
-    y = ((x_BTGD - mean[..., None]) * scale[..., None]).reshape(B, T, D)
-    y = y * affine[0][None, None] + affine[1][None, None]
+    y = normalised(x_BTGD, mean, lax.rsqrt(variance + config.norm_eps), *affine)
+    y = y.reshape(B, T, D)
     if documents is not None:
         y = jnp.where(documents.real[..., None], y, 0.0)
     state = NormState(count[:, -1], mean[:, -1], variance[:, -1])
     return y.astype(x.dtype), state
 
 
+@jax.custom_vjp
 def token_moments(x: Float[Array, "B T G D"]):
-    """Mean and population variance within every group of one token."""
+    """Mean and population variance within every group of one token, [B, T, G]."""
     mean = jnp.mean(x, axis=-1)
     return mean, jnp.mean(jnp.square(x - mean[..., None]), axis=-1)
+
+
+def _moments_forward(x):
+    mean, variance = token_moments(x)
+    return (mean, variance), (x, mean)
+
+
+def _moments_backward(residuals, cotangents):
+    # The mean of x - mean is 0, so that the variance sees no change of the mean.
+    x, mean = residuals
+    d_mean, d_variance = (g[..., None] / x.shape[-1] for g in cotangents)
+    return (d_mean + 2.0 * d_variance * (x - mean[..., None]),)
+
+
+token_moments.defvjp(_moments_forward, _moments_backward)
+
+
+@jax.custom_vjp
+def normalised(x: Float[Array, "B T G D"], mean, scale, weight, bias):
+    """(x - mean) * scale per group, times the weight, plus the bias [G D]: keeps x and the
+    statistics, and one pass over rows gives all gradients."""
+    shape = (1, 1, *x.shape[2:])
+    unit = (x - mean[..., None]) * scale[..., None]
+    return unit * weight.reshape(shape) + bias.reshape(shape)
+
+
+def _normalised_forward(x, mean, scale, weight, bias):
+    return normalised(x, mean, scale, weight, bias), (x, mean, scale, weight)
+
+
+def _normalised_backward(residuals, g):
+    x, mean, scale, weight = residuals
+    centred = x - mean[..., None]
+    d_unit = g * weight.reshape(1, 1, *x.shape[2:])
+    d_x = d_unit * scale[..., None]
+    d_weight = jnp.sum(g * centred * scale[..., None], axis=(0, 1)).reshape(-1)
+    d_bias = jnp.sum(g, axis=(0, 1)).reshape(-1)
+    return d_x, -jnp.sum(d_x, axis=-1), jnp.sum(d_unit * centred, axis=-1), d_weight, d_bias
+
+
+normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 def merge_statistics(a: NormState, b: NormState) -> NormState:
