@@ -27,6 +27,7 @@ CONFIG = megalodon.small(
     value_dim=12,
     mlp_dim=16,
     state_size=3,
+    scan_form=megalodon.ScanForm.REFERENCE,  # compiles fastest; the others are compared with it
 )
 SEGMENTS = jnp.array([[1] * 5 + [2] * 9 + [3] * 4 + [0] * 2, [4] * 20], jnp.int32)
 
@@ -160,30 +161,30 @@ def test_packed_equals_separate_and_padding_changes_nothing(window):
     np.testing.assert_array_equal(again[0, 5:18], packed[0, 5:18])
 
 
-@pytest.mark.parametrize("remat", [Remat.NONE, Remat.SAVE_NAMES])
-def test_scanned_equals_unrolled(remat):
-    params, tokens = params_of(CONFIG), tokens_of()
-    value, grads = loss_and_grads(CONFIG.build(), params, tokens, SEGMENTS)
-    other = changed(scan_layers=False, remat=remat).build()
-    value_2, grads_2 = loss_and_grads(other, params, tokens, SEGMENTS)
+LONG_SEGMENTS = jnp.array([[1] * 5 + [2] * 20 + [3] * 4 + [0] * 3, [4] * 32], jnp.int32)
+
+
+def test_scanned_equals_unrolled():
+    params, tokens = params_of(CONFIG), tokens_of(2, 32)
+    value, grads = loss_and_grads(CONFIG.build(), params, tokens, LONG_SEGMENTS)
+    other = changed(scan_layers=False, remat=Remat.SAVE_NAMES).build()
+    value_2, grads_2 = loss_and_grads(other, params, tokens, LONG_SEGMENTS)
     np.testing.assert_allclose(value, value_2, rtol=1e-5)
     assert_close(grads, grads_2, atol=2e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_sharded_equals_one_device(packed):
+def test_sharded_equals_one_device():
     """The length over two devices: 16 tokens each, two chunks; documents cross the cut."""
     rules = ShardingRules(length=("context",))
     params, tokens = params_of(CONFIG), tokens_of(2, 32)
-    segment_ids = None
-    if packed:
-        segment_ids = jnp.array([[1] * 5 + [2] * 20 + [3] * 4 + [0] * 3, [4] * 32], jnp.int32)
-    value, grads = loss_and_grads(CONFIG.build(), params, tokens, segment_ids)
-    mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2))
-    with jax.set_mesh(mesh):
-        value_2, grads_2 = loss_and_grads(CONFIG.build(rules), params, tokens, segment_ids)
+    value, grads = loss_and_grads(CONFIG.build(), params, tokens, LONG_SEGMENTS)
+    logits = logits_of(CONFIG, tokens)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2, tensor=2))):
+        value_2, grads_2 = loss_and_grads(CONFIG.build(rules), params, tokens, LONG_SEGMENTS)
+        logits_2 = apply(CONFIG.build(rules), params, tokens)
     np.testing.assert_allclose(value, value_2, rtol=1e-5)
     assert_close(grads, grads_2, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(logits, logits_2, atol=1e-5)
 
 
 def test_created_sharded():
@@ -193,10 +194,10 @@ def test_created_sharded():
     assert "fsdp" in str(params["layers"]["mlp_gate"].sharding.spec)
 
 
-@pytest.mark.parametrize("form", ["REFERENCE", "XLA", "INTERPRET", "FFT", "ASSOCIATIVE"])
+@pytest.mark.parametrize("form", ["AUTO", "INTERPRET", "FFT", "ASSOCIATIVE"])
 def test_implementations_of_the_moving_average_agree(form):
     w = jax.tree.map(lambda x: x[0], params_of(CONFIG)["layers"])
-    x = jax.random.normal(jax.random.key(4), (2, 20, 16))
+    x = jax.random.normal(jax.random.key(4), (2, 33, 16))
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(w, form):
@@ -215,7 +216,7 @@ def test_implementations_of_the_moving_average_agree(form):
 
     names = [name for name in w if name.startswith("ema_") and name != "ema_norm_weight"]
     w = {name: w[name] for name in names}
-    assert_close(run(w, ScanForm[form]), run(w, ScanForm.AUTO), atol=2e-5)
+    assert_close(run(w, ScanForm[form]), run(w, ScanForm.REFERENCE), atol=2e-5)
 
 
 def test_bfloat16_is_close():
@@ -227,11 +228,12 @@ def test_bfloat16_is_close():
 
 
 def test_logits_in_chunks_give_the_same_loss():
-    params, tokens = params_of(CONFIG), tokens_of()
-    value, grads = loss_and_grads(CONFIG.build(), params, tokens, SEGMENTS)
-    value_2, grads_2 = loss_and_grads(changed(logits_chunk=7).build(), params, tokens, SEGMENTS)
+    params, tokens = params_of(CONFIG), tokens_of(2, 32)
+    value, grads = loss_and_grads(CONFIG.build(), params, tokens, LONG_SEGMENTS)
+    chunked = changed(logits_chunk=7).build()
+    value_2, grads_2 = loss_and_grads(chunked, params, tokens, LONG_SEGMENTS)
     np.testing.assert_allclose(value, value_2, rtol=1e-6)
-    assert_close(grads, grads_2, atol=1e-5)
+    assert_close(grads, grads_2, atol=2e-5)
 
 
 # ------------------------------------------------------------------------ timestep normalisation

@@ -25,6 +25,7 @@ CONFIG = megalodon.small(
     value_dim=12,
     mlp_dim=16,
     state_size=3,
+    scan_form=megalodon.ScanForm.REFERENCE,  # compiles fastest
 )
 LENGTH = 30
 
