@@ -391,11 +391,13 @@ def merge_statistics(a: NormState, b: NormState) -> NormState:
     """The statistics of both sets of tokens; either may be empty."""
     count_a, count_b = (s.count.astype(jnp.float32)[:, None] for s in (a, b))
     share = count_b / jnp.maximum(count_a + count_b, 1.0)
-    difference = b.mean - a.mean
+    # An empty set's mean is arbitrary and must not round the other's.
+    base = jnp.where(count_a > 0, a.mean, b.mean)
+    difference = b.mean - base
     variance = a.variance * (1.0 - share) + b.variance * share
     return NormState(
         a.count + b.count,
-        a.mean + difference * share,
+        base + difference * share,
         variance + jnp.square(difference) * share * (1.0 - share),
     )
 
