@@ -27,11 +27,11 @@ class LoadedModel:
 
     def decoder(self, capacity: int):
         """The model's Decoder for rows of at most `capacity` tokens."""
-        from blt_jax.decoding.decoder import TransformerDecoder
+        from blt_jax.decoding.decoder import token_decoder
         from blt_jax.models.blt_decode import BLTDecoder
 
         if self.patcher is None:
-            return TransformerDecoder.create(self.model, self.params, capacity)
+            return token_decoder(self.model, self.params, capacity)
         return BLTDecoder.create(
             self.model,
             self.params,
@@ -50,6 +50,7 @@ def load(path: pathlib.Path, averaged: bool = False) -> LoadedModel:
     from blt_jax.interop import hugging_face, model_files
     from blt_jax.models.blt import BLT
     from blt_jax.models.llama3 import Llama3
+    from blt_jax.models.megalodon import Megalodon
 
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
@@ -62,7 +63,7 @@ def load(path: pathlib.Path, averaged: bool = False) -> LoadedModel:
         has_entropy, files = hugging_face.has_entropy_model(path), hugging_face
     else:
         raise FileNotFoundError(f"{path} holds neither model.json (ours) nor config.json")
-    if isinstance(model, Llama3):
+    if isinstance(model, Llama3 | Megalodon):
         return LoadedModel(model, params, load_tokenizer(path, model.config.vocab_size))
     if not isinstance(model, BLT):
         raise ValueError(f"{path} holds a {type(model).__name__}: it cannot generate text")

@@ -89,6 +89,39 @@ def lookup_documents(count: int, num_lines: int, *, seed: int = 0, **options) ->
     )
 
 
+RECALL_CLASSES, RECALL_NOISE = 8, 8
+RECALL_VOCABULARY = RECALL_CLASSES + RECALL_NOISE + 1
+
+
+def recall_rows(
+    rows: int, gap: int, *, length: int, seed: int | tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Batch [rows, length] of the recall task: one of 8 ids, `gap` ids of noise, a question.
+
+    Ids 0-7 are the answers, 8-15 the noise, 16 the question, whose target is the first id and the
+    only one that counts; after it the row is padding. Raises ValueError for rows too short.
+    """
+    _check_at_least("rows", rows, 1)
+    _check_at_least("gap", gap, 0)
+    _check_at_least("length", length, gap + 2)
+    generator = np.random.default_rng(seed)
+    tokens = np.zeros((rows, length), np.int32)
+    tokens[:, 0] = generator.integers(RECALL_CLASSES, size=rows)
+    noise = generator.integers(RECALL_NOISE, size=(rows, gap))
+    tokens[:, 1 : gap + 1] = RECALL_CLASSES + noise
+    tokens[:, gap + 1] = RECALL_VOCABULARY - 1
+    index = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    asked = index == gap + 1
+    return {
+        "tokens": tokens,
+        "targets": np.where(asked, tokens[:, :1], 0).astype(np.int32),
+        "segment_ids": (index <= gap + 1).astype(np.int32),
+        "positions": index.copy(),
+        "target_mask": asked,
+        "target_bytes": asked.astype(np.int32),
+    }
+
+
 def _word(generator: np.random.Generator, length: int) -> str:
     return "".join(LETTERS[i] for i in generator.integers(len(LETTERS), size=length))
 

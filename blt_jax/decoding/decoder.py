@@ -9,8 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
 from blt_jax.layers.cache import StepCache
+from blt_jax.layers.model import Model
 from blt_jax.layers.norms import rms_norm
 from blt_jax.models.llama3 import Llama3
+from blt_jax.models.megalodon import Megalodon
+from blt_jax.models.megalodon_decode import MegalodonDecoder
 
 
 @runtime_checkable
@@ -134,3 +137,14 @@ class TransformerDecoder:
     def _logits(self, x):
         kernel = self.model.output_kernel(self.params).astype(x.dtype)
         return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def token_decoder(model: Model, params: dict[str, Any], capacity: int) -> Decoder:
+    """The Decoder of a model that reads tokens alone; TypeError for another model."""
+    if isinstance(model, Llama3):
+        return TransformerDecoder.create(model, params, capacity)
+    if isinstance(model, Megalodon):
+        return MegalodonDecoder.create(model, params, capacity)
+    raise TypeError(
+        f"model is a {type(model).__name__}: only Llama3 and Megalodon read tokens alone"
+    )

@@ -1,4 +1,4 @@
-"""Causal self-attention over packed rows."""
+"""Causal self-attention over packed rows. Axis letter J: width of the values, often K."""
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ MAX_DENSE = 128
 def masked_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G K"],
+    v: Float[Array, "B S G J"],
     mask: Bool[Array, "B T S"],
     *,
     scale: float | None = None,
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B T H J"]:
     """Softmax attention with a full mask: the plain form, quadratic in memory.
 
     Query head h uses key-value head h // (H / G). Scores and softmax are float32; a query that
@@ -36,18 +36,18 @@ def masked_attention(
     scores = jnp.where(mask[:, None, None], scores * scale, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1)
     weights = jnp.where(mask[:, None, None], weights, 0.0).astype(v.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(B, T, H, K)
+    return jnp.einsum("bgrts,bsgj->btgrj", weights, v).reshape(B, T, H, -1)
 
 
 def causal_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G K"],
+    v: Float[Array, "B T G J"],
     segment_ids: Int[Array, "B T"],
     *,
     window: int = 0,
     scale: float | None = None,
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B T H J"]:
     """Causal self-attention inside documents, optionally in a sliding window.
 
     segment_ids: 0 = padding (output 0), 1.. = documents. A window of w shows a query itself and
@@ -71,12 +71,12 @@ def causal_attention(
 def dense_causal_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G K"],
+    v: Float[Array, "B T G J"],
     segment_ids: Int[Array, "B T"],
     *,
     window: int = 0,
     scale: float | None = None,
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B T H J"]:
     """As `causal_attention`, with the whole mask: the truth for tests, and best for short rows."""
     index_T = jnp.arange(q.shape[1])
     mask = causal_mask(index_T, index_T, segment_ids, segment_ids, window)

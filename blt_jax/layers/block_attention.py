@@ -5,8 +5,8 @@ rows, and the reductions of the softmax over the leading axis, which is several 
 CPU than the other way round. All arrays are laid out by head once, before the blocks. The
 log-sum-exp of the scores is kept, so that the backward pass can compute the weights again.
 
-Axis letters beyond the usual ones: R query heads per kv head; T and S are also the queries and
-keys of one block.
+Axis letters beyond the usual ones: R query heads per kv head, J width of the values; T and S are
+also the queries and keys of one block.
 """
 
 import functools
@@ -41,14 +41,14 @@ TILE = 512
 def block_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G K"],
+    v: Float[Array, "B S G J"],
     segment_ids: Int[Array, "B T"],
     key_segment_ids: Int[Array, "B S"] | None = None,
     first: int | Int[Array, ""] = 0,
     *,
     window: int,
     scale: float,
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B T H J"]:
     """Causal attention inside documents and `window` (0: none), differentiable once in reverse.
 
     Query t stands at index first + t of the keys; without key_segment_ids these are the queries'
@@ -119,8 +119,8 @@ def _attention_forward(q, k, v, segment_ids, key_segment_ids, first, plan, scale
         first,
     )
     forward = {"window": _window_forward, "triangle": _triangle_forward, "tiles": _tiles_forward}
-    out_BGRTK, lse_BGRT = forward[plan.form](inputs, plan)
-    out = jnp.transpose(out_BGRTK, (0, 3, 1, 2, 4)).reshape(q.shape)
+    out_BGRTJ, lse_BGRT = forward[plan.form](inputs, plan)
+    out = jnp.transpose(out_BGRTJ, (0, 3, 1, 2, 4)).reshape(B, T, H, v.shape[3])
     out, lse_BGRT = checkpoint_name((out, lse_BGRT), "attention")
     return out, (inputs, out, lse_BGRT)
 
@@ -131,7 +131,7 @@ def _attention_backward(plan, scale, residuals, g):
     B, G, R, T, K = inputs.q_BGRTK.shape
     mean_BTH = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     cotangent = _Cotangent(
-        jnp.transpose(g.reshape(B, T, G, R, K), (0, 2, 3, 1, 4)),
+        jnp.transpose(g.reshape(B, T, G, R, g.shape[3]), (0, 2, 3, 1, 4)),
         jnp.transpose(mean_BTH.reshape(B, T, G, R), (0, 2, 3, 1)),
         lse_BGRT,
     )
@@ -140,10 +140,10 @@ def _attention_backward(plan, scale, residuals, g):
         "triangle": _triangle_backward,
         "tiles": _tiles_backward,
     }
-    d_q_BGRTK, d_k_BGSK, d_v_BGSK = backward[plan.form](inputs, cotangent, plan)
+    d_q_BGRTK, d_k_BGSK, d_v_BGSJ = backward[plan.form](inputs, cotangent, plan)
     reach, dtype = _reach(plan), inputs.k_BGSK.dtype
-    d_k, d_v = (jnp.swapaxes(x[:, :, reach:], 1, 2).astype(dtype) for x in (d_k_BGSK, d_v_BGSK))
-    d_q = jnp.transpose(d_q_BGRTK, (0, 3, 1, 2, 4)).reshape(g.shape)
+    d_k, d_v = (jnp.swapaxes(x[:, :, reach:], 1, 2).astype(dtype) for x in (d_k_BGSK, d_v_BGSJ))
+    d_q = jnp.transpose(d_q_BGRTK, (0, 3, 1, 2, 4)).reshape(B, T, G * R, K)
     return (d_q * scale).astype(dtype), d_k, d_v, None, None, None
 
 
@@ -159,7 +159,7 @@ class _Inputs(NamedTuple):
 
     q_BGRTK: jax.Array
     k_BGSK: jax.Array
-    v_BGSK: jax.Array
+    v_BGSJ: jax.Array
     query_segments_BT: jax.Array
     key_segments_BS: jax.Array
     first: jax.Array
@@ -173,7 +173,7 @@ class _Inputs(NamedTuple):
     def keys(self, start, size):
         return self._replace(
             k_BGSK=_slice(self.k_BGSK, start, size, 2),
-            v_BGSK=_slice(self.v_BGSK, start, size, 2),
+            v_BGSJ=_slice(self.v_BGSJ, start, size, 2),
             key_segments_BS=_slice(self.key_segments_BS, start, size, 1),
         )
 
@@ -182,13 +182,13 @@ class _Cotangent(NamedTuple):
     """Gradient of the output, its product with the output summed over K, and the log-sum-exp of
     the scores."""
 
-    g_BGRTK: jax.Array
+    g_BGRTJ: jax.Array
     mean_BGRT: jax.Array
     lse_BGRT: jax.Array
 
     def queries(self, start, size):
         return _Cotangent(
-            _slice(self.g_BGRTK, start, size, 3),
+            _slice(self.g_BGRTJ, start, size, 3),
             _slice(self.mean_BGRT, start, size, 3),
             _slice(self.lse_BGRT, start, size, 3),
         )
@@ -251,8 +251,8 @@ def _block_forward(here: _Inputs, distance, window):
     scores_BGSRT = _scores(here, distance, window)
     maximum_BGRT = scores_BGSRT.max(2)
     weights_BGSRT = jnp.exp(scores_BGSRT - maximum_BGRT[:, :, None])
-    values_BGKRT = _sum_over_keys(here.v_BGSK, weights_BGSRT.astype(here.v_BGSK.dtype))
-    return maximum_BGRT, weights_BGSRT.sum(2), values_BGKRT
+    values_BGJRT = _sum_over_keys(here.v_BGSJ, weights_BGSRT.astype(here.v_BGSJ.dtype))
+    return maximum_BGRT, weights_BGSRT.sum(2), values_BGJRT
 
 
 def _combine(left, right):
@@ -266,25 +266,25 @@ def _combine(left, right):
 
 def _finish(statistics, here: _Inputs):
     """Output [B, G, R, T, K] and log-sum-exp [B, G, R, T]; both are 0 for padding."""
-    maximum_BGRT, total_BGRT, values_BGKRT = statistics
+    maximum_BGRT, total_BGRT, values_BGJRT = statistics
     real_BT = here.query_segments_BT > 0
-    out_BGKRT = values_BGKRT / total_BGRT[:, :, None]
-    out_BGKRT = jnp.where(real_BT[:, None, None, None], out_BGKRT, 0.0)
+    out_BGJRT = values_BGJRT / total_BGRT[:, :, None]
+    out_BGJRT = jnp.where(real_BT[:, None, None, None], out_BGJRT, 0.0)
     lse_BGRT = jnp.where(real_BT[:, None, None], maximum_BGRT + jnp.log(total_BGRT), 0.0)
-    return _rows(out_BGKRT.astype(here.q_BGRTK.dtype)), lse_BGRT
+    return _rows(out_BGJRT.astype(here.q_BGRTK.dtype)), lse_BGRT
 
 
 def _block_backward(here: _Inputs, cotangent: _Cotangent, distance, window):
     """float32 gradients of the scaled queries [B, G, R, T, K], keys and values."""
     dtype = here.k_BGSK.dtype
     weights_BGSRT = jnp.exp(_scores(here, distance, window) - cotangent.lse_BGRT[:, :, None])
-    d_weights_BGSRT = _product("bgsk,bgrtk->bgsrt", here.v_BGSK, cotangent.g_BGRTK)
+    d_weights_BGSRT = _product("bgsk,bgrtk->bgsrt", here.v_BGSJ, cotangent.g_BGRTJ)
     d_scores_BGSRT = weights_BGSRT * (d_weights_BGSRT - cotangent.mean_BGRT[:, :, None])
     weights_BGSRT, d_scores_BGSRT = weights_BGSRT.astype(dtype), d_scores_BGSRT.astype(dtype)
     return (
         _rows(_sum_over_keys(here.k_BGSK, d_scores_BGSRT)),
         _product("bgsrt,bgrtk->bgsk", d_scores_BGSRT, here.q_BGRTK),
-        _product("bgsrt,bgrtk->bgsk", weights_BGSRT, cotangent.g_BGRTK),
+        _product("bgsrt,bgrtk->bgsk", weights_BGSRT, cotangent.g_BGRTJ),
     )
 
 
@@ -323,7 +323,7 @@ def _window_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
         gradients = [_add_slice(x, y, at, 2) for x, y in zip(gradients, new, strict=True)]
         return gradients, d_q
 
-    zeros = [jnp.zeros(inputs.k_BGSK.shape, jnp.float32)] * 2
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (inputs.k_BGSK, inputs.v_BGSJ)]
     (d_k, d_v), d_q = lax.scan(block, zeros, _starts(inputs, plan))
     return _join(d_q, 3), d_k, d_v
 
@@ -393,11 +393,11 @@ def _tiles_forward(inputs: _Inputs, plan: Plan):
             distance = here.first + (index - other) * plan.block
             return _combine(statistics, _block_forward(there, distance, plan.window))
 
-        B, G, R, T, K = here.q_BGRTK.shape
+        B, G, R, T, _ = here.q_BGRTK.shape
         nothing = (
             jnp.full((B, G, R, T), NEGATIVE, jnp.float32),
             jnp.zeros((B, G, R, T), jnp.float32),
-            jnp.zeros((B, G, K, R, T), jnp.float32),
+            jnp.zeros((B, G, here.v_BGSJ.shape[3], R, T), jnp.float32),
         )
         statistics = lax.fori_loop(*_key_tiles(inputs, index, plan), one, nothing)
         return None, _finish(statistics, here)
@@ -426,6 +426,6 @@ def _tiles_backward(inputs: _Inputs, cotangent: _Cotangent, plan: Plan):
         d_q, *gradients = lax.fori_loop(*_key_tiles(inputs, index, plan), one, carry)
         return gradients, d_q
 
-    zeros = [jnp.zeros(inputs.k_BGSK.shape, jnp.float32)] * 2
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (inputs.k_BGSK, inputs.v_BGSJ)]
     (d_k, d_v), d_q = lax.scan(tile, zeros, _starts(inputs, plan) // plan.block)
     return _join(d_q, 3), d_k, d_v

@@ -74,14 +74,16 @@ def attend_slots(
     begin: Int[Array, " B"],
     end: Int[Array, " B"],
     rows: Int[Array, " B"] | None = None,
-) -> Float[Array, "B H K"]:
+    scale: float | None = None,
+) -> Float[Array, "B H J"]:
     """One query per row over the slots begin..end-1 of its cache; at least one must be there.
 
-    rows: the rows of the cache that the queries belong to, None for all in order. Chunks that no
-    row needs are skipped; the others are joined by an online softmax in float32.
+    rows: the rows of the cache that the queries belong to, None for all in order. scale: of the
+    scores, None for K^-0.5. J is the width of the values. Chunks that no row needs are skipped;
+    the others are joined by an online softmax in float32.
     """
     (B, H, K), G = q.shape, cache.key[0].shape[1]
-    q_NRK = (q * K**-0.5).reshape(B * G, H // G, K)
+    q_NRK = (q * (K**-0.5 if scale is None else scale)).reshape(B * G, H // G, K)
 
     def chunk_sums(key, value, start):
         S = key.shape[2]
@@ -98,9 +100,9 @@ def attend_slots(
         weights = jnp.where(mask, jnp.exp(scores - highest), 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights.reshape(B * G, H // G, S).astype(value.dtype)
-        values = value.reshape(B * G, S, K)
-        out = jnp.einsum("nrs,nsk->nrk", weights, values, preferred_element_type=jnp.float32)
-        return highest, total, out.reshape(B, G, H // G, K)
+        values = value.reshape(B * G, S, -1)
+        out = jnp.einsum("nrs,nsj->nrj", weights, values, preferred_element_type=jnp.float32)
+        return highest, total, out.reshape(B, G, H // G, -1)
 
     def merge(a, b):
         highest = jnp.maximum(a[0], b[0])
@@ -123,7 +125,7 @@ def attend_slots(
             )
         start += key.shape[2]
     _, total, out = sums
-    return (out / total).reshape(B, H, K).astype(q.dtype)
+    return (out / total).reshape(B, H, -1).astype(q.dtype)
 
 
 def block_step(

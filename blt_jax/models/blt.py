@@ -51,6 +51,7 @@ from blt_jax.layers.projection import (
 )
 from blt_jax.layers.rope import rope_table
 from blt_jax.layers.row_pieces import check_divisible, split, with_previous_tokens
+from blt_jax.layers.segments import document_positions
 from blt_jax.layers.transformer import (
     Block,
     KeyValues,
@@ -513,7 +514,7 @@ class BLT(Model):
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
-            positions = blt_patching.document_positions(segment_ids)
+            positions = document_positions(segment_ids)
         # Padding never indexes a table, whatever id the data gave it.
         tokens = jnp.where(segment_ids > 0, tokens, 0)
         num_patches = self.config.max_patches or tokens.shape[1]

@@ -28,6 +28,7 @@ import pallas_kernels
 from blt_jax.layers import step
 from blt_jax.layers.cache import LayerCache, StepCache
 from blt_jax.layers.norms import rms_norm
+from blt_jax.layers.segments import document_positions
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt_patching
 from blt_jax.models.blt import BLT, BLTAux
@@ -636,7 +637,7 @@ def _prefill(decoder: BLTDecoder, tokens, lengths):
         entropy, state, predictions = _entropy_prefill(decoder, tokens, segment_ids, lengths)
     starts = decoder.patcher.starts(tokens, document, entropies=entropy, predictions=predictions)
     layout = patch_layout(starts, segment_ids, decoder.most_patches(T))
-    positions = blt_patching.document_positions(segment_ids)
+    positions = document_positions(segment_ids)
     arguments = (tokens, layout, segment_ids, positions, True)
     out = decoder.model.apply({"params": decoder.params}, *arguments, method="with_layout")
 
@@ -678,7 +679,7 @@ def _last_tokens(tokens, lengths):
 def _entropy_prefill(decoder: BLTDecoder, tokens, segment_ids, lengths):
     """Entropies and most probable ids of every position, and the entropy model's state."""
     model, first = decoder.entropy_model, jnp.zeros_like(lengths)
-    pieces, positions = segment_ids, blt_patching.document_positions(segment_ids)
+    pieces, positions = segment_ids, document_positions(segment_ids)
     if decoder.patcher.reset_at_newline:
         pieces, positions = blt_patching.reset_segments(tokens, segment_ids)
     last = (lengths - 1)[:, None]

@@ -24,8 +24,9 @@ from blt_jax.layers.losses import cross_entropy_sums
 from blt_jax.layers.model import LossSums, Model, ModelConfig
 from blt_jax.layers.norms import RMSNorm
 from blt_jax.layers.rope import RopeConfig
+from blt_jax.layers.segments import document_positions
 from blt_jax.layers.transformer import Transformer, TransformerConfig
-from blt_jax.models.blt_patching import VOCAB_SIZE, document_positions
+from blt_jax.models.blt_patching import VOCAB_SIZE
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from blt_jax.layers.segments import document_positions, index_of_last, segment_starts
+
 BOE, BOS, EOS, BPE_DELIMITER = 0, 1, 2, 3
 BYTE_OFFSET = 4
 VOCAB_SIZE = 260
@@ -48,24 +50,6 @@ ENTROPY_KINDS = (PatcherKind.GLOBAL, PatcherKind.MONOTONIC, PatcherKind.BOTH)
 
 
 # ---------------------------------------------------------------- documents and patches of a row
-
-
-def _index_of_last(flag: Bool[Array, "B M"]) -> Int[Array, "B M"]:
-    """Index of the last true position up to and including each position (0 if none)."""
-    index = jax.lax.broadcasted_iota(jnp.int32, flag.shape, 1)
-    return jax.lax.cummax(jnp.where(flag, index, 0), axis=1)
-
-
-def segment_starts(segment_ids: Int[Array, "B M"]) -> Bool[Array, "B M"]:
-    """True at the first token of every document (and of the padding)."""
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-
-
-def document_positions(segment_ids: Int[Array, "B M"]) -> Int[Array, "B M"]:
-    """Position of every token within its document piece, from 0."""
-    index = jax.lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
-    return index - _index_of_last(segment_starts(segment_ids))
 
 
 def _segments(segment_ids, batch: int, length: int) -> Int[Array, "B M"]:
@@ -154,10 +138,10 @@ def patch_positions(segment_ids: Int[Array, "B P"]) -> Int[Array, "B P"]:
     """Index of every patch inside its document; unused patches (segment 0) do not count."""
     used = segment_ids > 0
     order = jnp.cumsum(used, axis=1, dtype=jnp.int32) - 1
-    last_used = jnp.pad(_index_of_last(used), ((0, 0), (1, 0)))[:, :-1]
+    last_used = jnp.pad(index_of_last(used), ((0, 0), (1, 0)))[:, :-1]
     before = jnp.where(order > 0, jnp.take_along_axis(segment_ids, last_used, axis=1), 0)
     first = used & (segment_ids != before)
-    return order - jnp.take_along_axis(order, _index_of_last(first), axis=1)
+    return order - jnp.take_along_axis(order, index_of_last(first), axis=1)
 
 
 def to_lengths(starts: Bool[Array, "B M"], max_patches: int) -> Int[Array, "B P"]:
@@ -339,7 +323,7 @@ def topk_starts(entropies: Float[Array, "B N"], patch_size: int) -> Bool[Array, 
 def limit_patch_length(starts: Bool[Array, "B M"], max_patch_length: int) -> Bool[Array, "B M"]:
     """Splits patches longer than max_patch_length into pieces of that length and a remainder."""
     index = jax.lax.broadcasted_iota(jnp.int32, starts.shape, 1)
-    offset = index - _index_of_last(starts)
+    offset = index - index_of_last(starts)
     return starts | (offset % max_patch_length == 0)
 
 
@@ -355,7 +339,7 @@ def reset_segments(
     first = segment_starts(segment_ids) | after_newline
     pieces = jnp.cumsum(first, axis=1, dtype=jnp.int32)
     index = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
-    return jnp.where(segment_ids > 0, pieces, 0), index - _index_of_last(first)
+    return jnp.where(segment_ids > 0, pieces, 0), index - index_of_last(first)
 
 
 # -------------------------------------------------------------------------------- configuration

@@ -31,12 +31,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from blt_jax.dist.sharding import ShardingRules
-from blt_jax.layers.embed import Embed, Head, check_token_ids, head_logits
-from blt_jax.layers.losses import chunked_cross_entropy_sums, cross_entropy_sums
-from blt_jax.layers.model import LossSums, Model, ModelConfig
+from blt_jax.layers.embed import Embed, Head, check_token_ids
+from blt_jax.layers.language_model import NextTokenModel
+from blt_jax.layers.model import ModelConfig
 from blt_jax.layers.norms import RMSNorm
 from blt_jax.layers.projection import Initialization
 from blt_jax.layers.rope import RopeConfig
@@ -272,7 +272,7 @@ class Llama3Output:
     aux: Any
 
 
-class Llama3(Model):
+class Llama3(NextTokenModel):
     """Token embedding, blocks, final norm, head."""
 
     config: Llama3Config
@@ -314,37 +314,8 @@ class Llama3(Model):
     def example_inputs(self) -> tuple:
         return (jnp.zeros((1, 8), jnp.int32),)
 
-    def loss(self, params, batch: dict[str, jax.Array], key: jax.Array | None = None) -> LossSums:
-        """Next-token cross-entropy; needs tokens, targets, target_mask, target_bytes, and reads
-        segment_ids and positions."""
-        tokens_BT = batch["tokens"]
-        inputs = (tokens_BT, batch.get("segment_ids"), batch.get("positions"))
-        goal = (batch["targets"], batch["target_mask"], batch["target_bytes"])
-        chunk = self.logits_chunk(tokens_BT.shape)
-        if chunk == tokens_BT.shape[1]:
-            output = self.apply({"params": params}, *inputs)
-            return cross_entropy_sums(output.logits, *goal, self.config.z_loss)
-        hidden_BTD = self.apply({"params": params}, *inputs, compute_logits=False).hidden
-
-        def logits(x):
-            return head_logits(x, self.output_kernel(params), self.sharding)
-
-        return chunked_cross_entropy_sums(logits, hidden_BTD, *goal, self.config.z_loss, chunk)
-
-    def logits_chunk(self, shape: tuple[int, int]) -> int:
-        """Tokens per row whose logits exist at once in the loss of a [B, T] batch."""
-        B, T = shape
-        if self.config.logits_chunk:
-            return min(self.config.logits_chunk, T)
-        mesh = jax.sharding.get_abstract_mesh()
-        budget = 2**26 * (1 if mesh.empty else mesh.size)
-        return max(1, min(T, budget // (B * self.config.vocab_size)))
-
-    def output_kernel(self, params) -> Float[Array, "D V"]:
-        """The output projection: the head's, or the embedding table's transpose when tied."""
-        if self.config.tied_embeddings:
-            return params["embed"]["table"].T
-        return params["head"]["kernel"]
+    def inputs(self, batch: dict[str, jax.Array]) -> tuple:
+        return batch["tokens"], batch.get("segment_ids"), batch.get("positions")
 
     def flops_per_token(self, context_length: int) -> float:
         stack = self.config.transformer

@@ -9,11 +9,12 @@ import jax
 
 from blt_jax.data.loader import open_documents
 from blt_jax.data.tokenizers import Tokenizer, train_bpe
-from blt_jax.decoding.decoder import TransformerDecoder
+from blt_jax.decoding.decoder import token_decoder
 from blt_jax.decoding.sampling import SamplingConfig
 from blt_jax.models.llama3 import Llama3Config
+from blt_jax.models.megalodon import MegalodonConfig
 from blt_jax.recipes.samples import encode_prompts, generate_texts, samples_wanted
-from blt_jax.train.pretraining import Context, Pretraining
+from blt_jax.train.pretraining import Context, Fit, Pretraining
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -30,8 +31,10 @@ class LanguageModel(Pretraining):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.model, Llama3Config):
-            raise ValueError(f"LanguageModel.model={self.model}: must be a Llama3Config")
+        if not isinstance(self.model, Llama3Config | MegalodonConfig):
+            raise ValueError(
+                f"LanguageModel.model={self.model}: must be a Llama3Config or a MegalodonConfig"
+            )
         for name in ("bpe_vocab_size", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"LanguageModel.{name}={getattr(self, name)}: must be >= 0")
@@ -45,11 +48,11 @@ class LanguageModel(Pretraining):
         """`Pretraining.run`, and the speed of generation."""
         tokenizer = self._tokenizer(context)
         fit = self.fit(context, tokenizer=tokenizer)
-        numbers = dict(fit.metrics)
+        numbers = dict(fit.metrics) | self.after_training(context, fit)
         if samples_wanted(self.prompts, self.sample_tokens):
             _, lengths = encode_prompts(tokenizer, self.prompts)
             capacity = int(lengths.max()) + self.sample_tokens
-            decoder = TransformerDecoder.create(fit.model, fit.params, capacity)
+            decoder = token_decoder(fit.model, fit.params, capacity)
             numbers |= generate_texts(
                 context,
                 decoder,
@@ -59,6 +62,11 @@ class LanguageModel(Pretraining):
                 self.sample_tokens,
             )
         return numbers
+
+    def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
+        """Further numbers of the trained model; recipes that build on this one add theirs."""
+        del context, fit
+        return {}
 
     def _tokenizer(self, context: Context) -> Tokenizer:
         if not self.bpe_vocab_size:

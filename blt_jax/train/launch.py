@@ -128,6 +128,8 @@ def use_compile_cache() -> str:
         root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         folder = pathlib.Path(root) / "blt_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        # Runs have dozens of small programs, which together take as long as the step.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return jax.config.jax_compilation_cache_dir or ""
 
 

@@ -49,3 +49,17 @@ def test_lookup_depth(depth, line):
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_recall_rows():
+    batch = synthetic.recall_rows(6, 5, length=9, seed=(1, 2))
+    again = synthetic.recall_rows(6, 5, length=9, seed=(1, 2))
+    assert all((batch[name] == again[name]).all() for name in batch)
+    tokens, asked = batch["tokens"], batch["target_mask"]
+    assert (asked.sum(1) == 1).all() and asked[:, 6].all()
+    assert (batch["targets"][:, 6] == tokens[:, 0]).all()
+    assert ((tokens[:, 1:6] >= 8) & (tokens[:, 1:6] < 16)).all()
+    assert (tokens[:, 6] == synthetic.RECALL_VOCABULARY - 1).all()
+    assert (batch["segment_ids"].sum(1) == 7).all() and (tokens[:, 7:] == 0).all()
+    with pytest.raises(ValueError, match="length is 6; it must be at least 7"):
+        synthetic.recall_rows(1, 5, length=6, seed=0)

@@ -1,0 +1,587 @@
+"""Megalodon: Efficient LLM Pretraining and Inference with Unlimited Context (arXiv 2404.08801).
+
+A decoder whose attention is cut into chunks of fixed length, while a complex exponential moving
+average in every block carries the history: linear cost in the length, a state of constant size.
+Around it stand a normalisation over all tokens seen so far, attention between normalised vectors,
+and a residual that skips the attention sublayer. Mega (arXiv 2209.10655) is its predecessor.
+
+Axes: B batch, T tokens, D model width, N state size, G norm groups, Z all query features, H heads,
+K query features per head, J value features per head, F feed-forward width, c chunk, V vocabulary.
+
+Section 3.1, Eq. 2 (complex EMA)         ema_coefficients, moving_average
+Section 3.2, Eq. 4 (timestep norm)       timestep_norm
+Section 3.3 (normalised attention)       normalised_queries_keys, chunk_attention
+Section 3.4 (two-hop residual)           block
+Section 3.5 (chunk parallelism)          moving_average, timestep_norm: states across the mesh
+Section 4.1, Table 1 of the release      mega_200m .. megalodon_7b, BlockParameters
+Mega Eq. 2-4 and 9-13                    EmaKind.REAL, GateKind.MEGA
+Section 4.4 (LRA, bidirectional)         MegalodonConfig.bidirectional, megalodon_classifier
+Inference with a constant state          megalodon_decode
+
+Departures: the released code rather than Eq. 2, whose input term has the phase as well
+(`input_phase=True`; a rotation of gamma). Statistics use shifted sums instead of compensated
+ones. Tail chunks may be short. Not here: replacing the statistics by those of the last six of
+eight chunks in generation (only in the release), and Mega's relu^2 and Laplace attention.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from blt_jax.dist.sharding import ShardingRules, constrain
+from blt_jax.layers.attention import causal_attention, dense_causal_attention, masked_attention
+from blt_jax.layers.cache import LayerCache
+from blt_jax.layers.embed import Embed, Head, check_token_ids
+from blt_jax.layers.language_model import NextTokenModel
+from blt_jax.layers.masks import NEGATIVE
+from blt_jax.layers.mlp import swiglu
+from blt_jax.layers.norms import layer_norm, rms_norm
+from blt_jax.layers.projection import project, truncated_normal
+from blt_jax.layers.rope import rope_table, rotate
+from blt_jax.models.megalodon_config import (  # noqa: F401
+    AttentionDropout,
+    DecayInit,
+    EmaKind,
+    GateKind,
+    MegalodonConfig,
+    ScanForm,
+    WeightInit,
+    byte_level,
+    mega_1_3b,
+    mega_1_3b_pg19,
+    mega_7_1b,
+    mega_7_3b,
+    mega_200m,
+    megalodon_7b,
+    small,
+)
+from blt_jax.models.megalodon_memory import (
+    Documents,
+    EmaCoefficients,
+    NormState,
+    State,
+    documents_of,
+    ema_coefficients,
+    group_norm,
+    moving_average,
+    on_mesh,
+    timestep_norm,
+)
+
+# -------------------------------------------------------- normalised attention in chunks (3.3)
+
+
+def normalised_queries_keys(
+    config: MegalodonConfig, w: dict[str, Any], x: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    """Queries and keys from one shared vector per head, of length 1 before their gains."""
+    z_BTHK = (project(x, w["z_kernel"]) + _bias(w["z_bias"], x.dtype)).astype(jnp.float32)
+    z_BTHK *= lax.rsqrt(jnp.mean(jnp.square(z_BTHK), axis=-1, keepdims=True) + config.norm_eps)
+    gain = (w["qk_gain"] + 1.0) * config.head_dim**-0.5
+
+    def affine(i):
+        y = z_BTHK * gain[i][None, None] + w["qk_offset"][i][None, None]
+        return checkpoint_name(y.astype(x.dtype), "qkv")
+
+    return affine(0), affine(1)
+
+
+DENSE_CHUNK = 256
+"""Longest chunk whose scores are kept whole: 10 ms for value and gradients where blocks take 13
+(4 chunks of 256, value width 512, one CPU core), and a third of the time to compile."""
+
+
+def chunk_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H J"],
+    documents: Documents | None,
+    config: MegalodonConfig,
+) -> Float[Array, "B T H J"]:
+    """Attention with unscaled scores to the earlier tokens of the own chunk (or window)."""
+    T, c = q.shape[1], config.chunk_size
+
+    def attend(q, k, v):
+        ones = jnp.ones(q.shape[:2], jnp.int32)
+        if q.shape[1] <= DENSE_CHUNK:
+            out = dense_causal_attention(q, k, v, ones, window=config.attention_window, scale=1.0)
+            return checkpoint_name(out, "attention")
+        return causal_attention(q, k, v, ones, window=config.attention_window, scale=1.0)
+
+    if documents is not None:
+        return causal_attention(q, k, v, documents.attention, window=config.reach, scale=1.0)
+    if config.attention_window or c >= T:
+        return attend(q, k, v)
+    whole, chunked = T // c * c, _by_chunk(attend, c)
+    parts = [chunked(*(x[:, :whole] for x in (q, k, v)))]
+    if whole < T:
+        parts.append(attend(*(x[:, whole:] for x in (q, k, v))))
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _by_chunk(attend: Callable, c: int) -> Callable:
+    """`attend` on whole chunks as rows; on a mesh rows and chunks stay axes of their own."""
+
+    def merged(*arrays):
+        out = attend(*(x.reshape(-1, c, *x.shape[2:]) for x in arrays))
+        return out.reshape(*arrays[0].shape[:2], *out.shape[2:])
+
+    def apart(*arrays):
+        cut = (x.reshape(x.shape[0], -1, c, *x.shape[2:]) for x in arrays)
+        out = jax.vmap(attend, in_axes=1, out_axes=1)(*cut)
+        return out.reshape(*arrays[0].shape[:2], *out.shape[3:])
+
+    return apart if on_mesh() else merged
+
+
+def dense_chunk_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H J"],
+    documents: Documents | None,
+    config: MegalodonConfig,
+    key: jax.Array | None = None,
+) -> Float[Array, "B T H J"]:
+    """The same with all T x T scores: for dropout of attention, and for looking ahead."""
+    B, T = q.shape[:2]
+    index = jnp.arange(T)
+    group = documents.attention if documents is not None else None
+    if group is None:
+        span = T if config.attention_window else config.chunk_size
+        group = jnp.broadcast_to(index // span + 1, (B, T))
+    mask = (group[:, :, None] == group[:, None, :]) & (group > 0)[:, :, None]
+    distance = index[:, None] - index[None, :]
+    if config.attention_window:
+        mask &= (jnp.abs(distance) < config.attention_window)[None]
+    if not config.bidirectional:
+        mask &= (distance >= 0)[None]
+    rate = config.attention_dropout
+    if key is None or not rate:
+        return masked_attention(q, k, v, mask, scale=1.0)
+    keep = jax.random.bernoulli(key, 1.0 - rate, (B, q.shape[2], T, T))
+    if config.attention_dropout_kind is AttentionDropout.KEYS:
+        # A query always keeps itself, or it could be left with nothing.
+        keep |= jnp.eye(T, dtype=bool)[None, None]
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+    mask = mask[:, None]
+    if config.attention_dropout_kind is AttentionDropout.KEYS:
+        mask = mask & keep
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, NEGATIVE), axis=-1), 0.0)
+    if config.attention_dropout_kind is AttentionDropout.WEIGHTS:
+        weights = jnp.where(keep, weights / (1.0 - rate), 0.0)
+    return jnp.einsum("bhts,bshj->bthj", weights.astype(v.dtype), v)
+
+
+# ------------------------------------------------------------------- block with two hops (3.4)
+
+
+@flax.struct.dataclass
+class LayerState:
+    """What one layer keeps of a row: a LayerCache of `reach` tokens, the moving average (re, im)
+    [B, D, N], and the statistics of the norm."""
+
+    attention: Any
+    ema: Any
+    norm: Any
+
+
+def _bias(bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return bias.astype(dtype)[None, None]
+
+
+def dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> jax.Array:
+    """Inverted dropout with the `number`th key of a layer; without a key, x."""
+    if key is None or not rate:
+        return x
+    keep = jax.random.bernoulli(jax.random.fold_in(key, number), 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+def block(
+    config: MegalodonConfig,
+    sharding: ShardingRules,
+    w: dict[str, Any],
+    x: Float[Array, "B T D"],
+    rope: Float[Array, "B T K"],
+    attend: Callable,
+    *,
+    documents: Documents | None = None,
+    norm_state: NormState | None = None,
+    ema_state: State | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    coefficients: EmaCoefficients | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Float[Array, "B T D"], LayerState]:
+    """One layer. w: its parameters (`block_parameters`). attend(q, k, v) gives the attention
+    output and what to keep of keys and values. lengths: of right-padded rows that start here and
+    whose moving average is wanted after their last token."""
+    eps, norms = config.norm_eps, dict(config=config, sharding=sharding)
+    with jax.named_scope("timestep_norm"):
+        if config.bidirectional:
+            affine = w["norm_weight"] + 1.0, w["norm_bias"]
+            normed = group_norm(x, affine, documents.real, config)
+        else:
+            normed, norm_state = timestep_norm(x, w, "norm", norm_state, documents, **norms)
+    with jax.named_scope("cema"):
+        if coefficients is None:
+            coefficients = ema_coefficients(config, w)
+        average = functools.partial(moving_average, form=config.scan_form, sharding=sharding)
+        reset = None if documents is None else documents.reset
+        if lengths is None:
+            averaged, ema_state = average(normed, coefficients, ema_state, reset)
+        else:
+            aligned = _shift_rows(normed, normed.shape[1] - lengths)
+            averaged, ema_state = average(aligned, coefficients, None, None)
+            averaged = _shift_rows(averaged, lengths - normed.shape[1])
+        if config.bidirectional:
+            backward = ema_coefficients(config, _backward_names(w))
+            averaged += average(normed[:, ::-1], backward, None, None)[0][:, ::-1]
+        if config.ema is EmaKind.COMPLEX:
+            averaged += normed * _bias(w["ema_omega"], x.dtype)
+    mixed = rms_norm(averaged, w["ema_norm_weight"] + 1.0, eps)
+    mixed = dropped(mixed, config.hidden_dropout, key, 0)
+    with jax.named_scope("attention"):
+        q, k = normalised_queries_keys(config, w, mixed)
+        q, k = (rotate(each, rope, config.rope.layout) for each in (q, k))
+        v = jax.nn.silu(project(normed, w["value_kernel"]) + _bias(w["value_bias"], x.dtype))
+        v = checkpoint_name(v, "qkv")
+        seen, kept = attend(q, k, v)
+        gate = jax.nn.silu(project(mixed, w["gate_kernel"]) + _bias(w["gate_bias"], x.dtype))
+        seen = dropped(seen * gate, config.hidden_dropout, key, 1)
+        h = project(mixed, w["hidden_kernel"]) + _bias(w["hidden_bias"], x.dtype)
+        h += project(seen, w["out_kernel"], num_input_axes=2)
+        if config.gate is GateKind.MEGA:
+            update = project(mixed, w["update_kernel"]) + _bias(w["update_bias"], x.dtype)
+            y = x + jax.nn.sigmoid(update) * (dropped(jax.nn.silu(h), config.dropout, key, 2) - x)
+        else:
+            y = x + dropped(h, config.dropout, key, 2)
+    with jax.named_scope("mlp"):
+        h = layer_norm(y, w["mlp_norm_weight"] + 1.0, w["mlp_norm_bias"], eps)
+        h = dropped(_mlp(config, sharding, w, h, key), config.dropout, key, 4)
+        if config.rescale_mlp:
+            h *= _bias(w["mlp_scale"], x.dtype)
+    # Two hops: the stream gets the block's input, the attention only through the MLP.
+    x = checkpoint_name(x + h, "block_out")
+    x = constrain(x, ("batch", "length", "embed_act"), sharding)
+    return x, LayerState(kept, ema_state, norm_state)
+
+
+def _mlp(config, sharding, w, x, key):
+    if config.swiglu and not (config.hidden_dropout and key is not None):
+        return swiglu(x, w["mlp_gate"], w["mlp_up"], w["mlp_down"], sharding)
+    h = jax.nn.silu(project(x, w["mlp_gate"]))
+    if config.swiglu:
+        h *= project(x, w["mlp_up"])
+    h = constrain(h, ("batch", "length", "mlp_act"), sharding)
+    return project(dropped(h, config.hidden_dropout, key, 3), w["mlp_down"])
+
+
+def _shift_rows(x: Float[Array, "B T D"], shift: Int[Array, " B"]) -> Float[Array, "B T D"]:
+    """Row b moved by shift[b] tokens to the right, 0 where nothing comes from."""
+    T = x.shape[1]
+    index = jnp.arange(T)[None, :] - shift[:, None]
+    moved = jnp.take_along_axis(x, jnp.clip(index, 0, T - 1)[..., None], axis=1)
+    return jnp.where(((index >= 0) & (index < T))[..., None], moved, 0.0)
+
+
+def _backward_names(w: dict[str, Any]) -> dict[str, jax.Array]:
+    return {k.removeprefix("backward_"): v for k, v in w.items() if k.startswith("backward_")}
+
+
+# --------------------------------------------------------------------- parameters and modules
+
+
+def _projection_init(kind: WeightInit, fan_in: int, fan_out: int) -> Callable:
+    if kind is WeightInit.XAVIER:
+        bound = math.sqrt(6.0 / (fan_in + fan_out))
+        return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    if kind is WeightInit.GAUSSIAN:
+        return truncated_normal(fan_in**-0.5)
+    return nn.initializers.normal(0.02 if kind is WeightInit.BERT else (3.0 * fan_in) ** -0.5)
+
+
+def _logit(p: jax.Array) -> jax.Array:
+    p = jnp.clip(p, 1e-6, 1.0 - 1e-6)
+    return jnp.log(p) - jnp.log1p(-p)
+
+
+def _theta_init(key, shape, dtype):
+    """One random permutation of D^(-j/D), j = 1..D, spreads the frequencies over channels."""
+    D = shape[0]
+    j = jnp.arange(1, D + 1, dtype=dtype)
+    return _logit(jax.random.permutation(key, jnp.exp(-j * (math.log(D) / D))))
+
+
+def _log_uniform_init(longest: int) -> Callable:
+    """Both factors of 1 - r the same, so that every memory adds about as much to the output."""
+
+    def init(key, shape, dtype):
+        del key
+        steps = jnp.linspace(math.log(2.0), math.log(max(longest, 2)), shape[1], dtype=dtype)
+        return jnp.tile(_logit(jnp.exp(-0.5 * steps))[None], (shape[0], 1))
+
+    return init
+
+
+def ema_parameters(config: MegalodonConfig) -> dict[str, tuple]:
+    """Name, initialiser, shape and logical axes of the moving average's parameters."""
+    shape, names = (config.d_model, config.state_size), ("norm", None)
+    normal = nn.initializers.normal
+    decay = normal(0.2)
+    if config.decay_init is DecayInit.LOG_UNIFORM:
+        decay = _log_uniform_init(config.chunk_size)
+    table = {"ema_alpha": (decay, shape, names), "ema_delta": (decay, shape, names)}
+    if config.ema is EmaKind.REAL:
+        return table | {
+            "ema_beta": (normal(1.0), shape, names),
+            "ema_eta": (normal(config.state_size**-0.5), shape, names),
+        }
+    cut = lambda key, shape, dtype: 0.25 * jax.random.truncated_normal(key, -4, 4, shape, dtype)  # noqa: E731
+    return table | {
+        "ema_theta": (_theta_init, shape[:1], names[:1]),
+        "ema_gamma_re": (normal(1.0), shape, names),
+        "ema_gamma_im": (nn.initializers.zeros_init(), shape, names),
+        "ema_omega": (cut, shape[:1], names[:1]),
+    }
+
+
+def norm_parameters(config: MegalodonConfig, name: str) -> dict[str, tuple]:
+    """The same of a timestep norm."""
+    zeros = nn.initializers.zeros_init()
+    table = {f"{name}_{part}": (zeros, (config.d_model,), ("norm",)) for part in ("weight", "bias")}
+    if config.prior_count:
+        for part in ("prior_mean", "prior_log_variance"):
+            table[f"{name}_{part}"] = (zeros, (config.norm_groups,), ("norm",))
+    return table
+
+
+def block_parameters(config: MegalodonConfig, layer: jax.Array | int) -> dict[str, tuple]:
+    """The same of a layer, in the order of the equations; layer: its index, from 0."""
+    D, H, K, J = config.d_model, config.num_heads, config.head_dim, config.value_width
+    F, zeros = config.mlp_dim, nn.initializers.zeros_init()
+
+    def kernel(shape, names, fan_in, fan_out):
+        return _projection_init(config.initialization, fan_in, fan_out), shape, names
+
+    def to_heads(width):
+        return kernel((D, H, width), ("embed", "heads", "head_dim"), D, H * width)
+
+    def bias(*shape, names):
+        return zeros, shape, names
+
+    heads = ("heads", "head_dim")
+    square, mlp = kernel((D, D), ("embed", None), D, D), kernel((D, F), ("embed", "mlp"), D, F)
+    table = norm_parameters(config, "norm") | ema_parameters(config)
+    if config.bidirectional:
+        table |= {f"backward_{k}": v for k, v in ema_parameters(config).items() if "omega" not in k}
+    table |= {
+        "ema_norm_weight": bias(D, names=("norm",)),
+        "z_kernel": to_heads(K),
+        "z_bias": bias(H, K, names=heads),
+        "qk_gain": bias(2, H, K, names=(None, *heads)),
+        "qk_offset": bias(2, H, K, names=(None, *heads)),
+        "value_kernel": to_heads(J),
+        "value_bias": bias(H, J, names=heads),
+        "gate_kernel": to_heads(J),
+        "gate_bias": bias(H, J, names=heads),
+        "hidden_kernel": square,
+        "hidden_bias": bias(D, names=("norm",)),
+        "out_kernel": kernel((H, J, D), (*heads, "embed"), H * J, D),
+    }
+    if config.gate is GateKind.MEGA:
+        table |= {"update_kernel": square, "update_bias": bias(D, names=("norm",))}
+    table |= {f"mlp_norm_{part}": bias(D, names=("norm",)) for part in ("weight", "bias")}
+    table |= {"mlp_gate": mlp} | ({"mlp_up": mlp} if config.swiglu else {})
+    table["mlp_down"] = kernel((F, D), ("mlp", "embed"), F, D)
+    if config.rescale_mlp:
+        scale = lambda key, shape, dtype: jnp.full(shape, 0.1 * 0.5 ** jnp.float32(layer), dtype)  # noqa: E731
+        table["mlp_scale"] = (scale, (D,), ("norm",))
+    return table
+
+
+def declare(module: nn.Module, table: dict[str, tuple]) -> dict[str, jax.Array]:
+    """The parameters of a table as those of a linen module."""
+    return {
+        name: module.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
+        for name, (init, shape, names) in table.items()
+    }
+
+
+class Block(nn.Module):
+    """`block` with its parameters; emits its state where `lengths` are given."""
+
+    config: MegalodonConfig
+    sharding: ShardingRules
+
+    @nn.compact
+    def __call__(self, x, layer, key, rope, documents, lengths):
+        config = self.config
+        w = declare(self, block_parameters(config, layer))
+
+        def attend(q, k, v):
+            if config.bidirectional or (config.attention_dropout and key is not None):
+                return dense_chunk_attention(q, k, v, documents, config, key), None
+            kept = None
+            if lengths is not None:
+                zeros = jnp.zeros_like(lengths)
+                kept = LayerCache.from_rows(k, v, zeros, lengths, config.reach, k.dtype)
+            return chunk_attention(q, k, v, documents, config), kept
+
+        x, state = block(
+            config,
+            self.sharding,
+            w,
+            x,
+            rope,
+            attend,
+            documents=documents,
+            lengths=lengths,
+            key=key,
+        )
+        return x, None if lengths is None else state
+
+
+@flax.struct.dataclass
+class MegalodonCache:
+    """State of rows: layers, a tuple of LayerState; norm, the NormState of the final norm;
+    lengths int32 [B], tokens read. Its size does not depend on them."""
+
+    layers: Any
+    norm: Any
+    lengths: Any
+
+    def take_rows(self, indices) -> "MegalodonCache":
+        """The state of rows `indices` [B']."""
+        return jax.tree.map(lambda x: x[indices], self)
+
+    def counters(self) -> dict[str, jax.Array]:
+        return {"tokens": self.lengths}
+
+
+@flax.struct.dataclass
+class MegalodonOutput:
+    """logits: float32 [B, T, V] or None; hidden: [B, T, D], what the head multiplies; cache: a
+    MegalodonCache if lengths were given; aux: float32 scalar, 0 here."""
+
+    logits: Any
+    hidden: Any
+    cache: Any
+    aux: Any
+
+
+def run_blocks(
+    config: MegalodonConfig, sharding: ShardingRules, x, rope, documents, lengths, key
+) -> tuple[Float[Array, "B T D"], Any]:
+    """The layers, inside a compact module; their states stacked on a leading axis."""
+    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+    keys = None if key is None else jax.random.split(key, config.num_layers)
+    stack = nn.scan(
+        config.remat.wrap(Block),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=config.num_layers,
+        unroll=1 if config.scan_layers else config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return stack(config, sharding, name="layers")(x, layers, keys, rope, documents, lengths)
+
+
+class Megalodon(NextTokenModel):
+    """Embedding, blocks, a last timestep norm, head."""
+
+    config: MegalodonConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        compute_logits: bool = True,
+        key: jax.Array | None = None,
+    ) -> MegalodonOutput:
+        """segment_ids: 1.. = documents, 0 = padding; default one document per row. lengths: of
+        right-padded rows, asks for the cache after them. key: of dropout; None: none.
+
+        Raises TypeError for ids of a float type, ValueError for lengths beside segment_ids.
+        """
+        config = self.config
+        check_token_ids("tokens", tokens)
+        if lengths is not None:
+            if segment_ids is not None:
+                raise ValueError("segment_ids and lengths: a cache is that of one document per row")
+            segment_ids = (jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(
+                jnp.int32
+            )
+        documents = None if segment_ids is None else documents_of(segment_ids, config)
+        embed = Embed(
+            config.vocab_size, config.d_model, config.precision.dtype, self.sharding, name="embed"
+        )
+        x = embed(tokens)
+        if config.scale_embeddings:
+            x *= math.sqrt(config.d_model)
+        x = dropped(x, config.dropout, key, config.num_layers)
+        rope = rotation(config, tokens.shape, documents)
+        x, states = run_blocks(config, self.sharding, x, rope, documents, lengths, key)
+        w = declare(self, norm_parameters(config, "norm"))
+        norms = dict(config=config, sharding=self.sharding)
+        x, norm_state = timestep_norm(x, w, "norm", None, documents, **norms)
+        with jax.named_scope("head"):
+            head = embed.logits
+            if not config.tied_embeddings:
+                head = Head(config.vocab_size, self.sharding, name="head")
+            logits = head(x) if compute_logits or self.is_initializing() else None
+        cache = None
+        if lengths is not None:
+            layers = tuple(
+                jax.tree.map(lambda a, i=i: a[i], states) for i in range(config.num_layers)
+            )
+            cache = MegalodonCache(layers, norm_state, lengths)
+        return MegalodonOutput(logits, x, cache, jnp.float32(0.0))
+
+    def example_inputs(self) -> tuple:
+        return (jnp.zeros((1, 8), jnp.int32),)
+
+    def inputs(self, batch: dict[str, jax.Array]) -> tuple:
+        return batch["tokens"], batch.get("segment_ids")
+
+    def has_dropout(self) -> bool:
+        config = self.config
+        return bool(config.dropout or config.hidden_dropout or config.attention_dropout)
+
+    def flops_per_token(self, context_length: int) -> float:
+        head = 2.0 * self.config.d_model * self.config.vocab_size
+        return self.config.num_layers * block_flops(self.config, context_length) + head
+
+
+def rotation(config, shape, documents: Documents | None) -> Float[Array, "B T K"]:
+    """Rotary table of rows from their start; chunks begin at position 0."""
+    position = (
+        lax.broadcasted_iota(jnp.int32, shape, 1) if documents is None else documents.position
+    )
+    if not config.attention_window:
+        position = position % config.chunk_size
+    return rope_table(position, config.rope, config.head_dim)
+
+
+def block_flops(config: MegalodonConfig, context_length: int) -> float:
+    """Forward FLOPs per token of a layer: products, attention within the reach, 12 per complex
+    number of state of the moving average."""
+    D, E, F = config.d_model, config.value_dim, config.mlp_dim
+    gates = 2 if config.gate is GateKind.MEGA else 1
+    kernels = D * config.qk_dim + 3 * D * E + gates * D * D + (3 if config.swiglu else 2) * D * F
+    seen = min(config.reach, context_length)
+    seen = seen if config.attention_window or config.bidirectional else (seen + 1) / 2
+    attention = (config.qk_dim + E) * seen
+    directions = 2 if config.bidirectional else 1
+    return 2.0 * (kernels + attention) + 12.0 * directions * config.state_size * D

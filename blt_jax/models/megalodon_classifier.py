@@ -1,0 +1,96 @@
+"""Megalodon (arXiv 2404.08801) for classification of sequences, section 4.4.
+
+The blocks of `megalodon` look both ways: an ordinary group norm in place of the timestep norm, a
+second moving average that runs backwards (as in Mega, arXiv 2209.10655), attention without a
+causal mask inside chunks. The mean of the last hidden states goes through a linear layer.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from blt_jax.dist.sharding import ShardingRules
+from blt_jax.layers.embed import Embed, Head, check_token_ids
+from blt_jax.layers.losses import cross_entropy_sums
+from blt_jax.layers.model import LossSums, Model, ModelConfig
+from blt_jax.models.megalodon import block_flops, declare, norm_parameters, rotation, run_blocks
+from blt_jax.models.megalodon_config import MegalodonConfig
+from blt_jax.models.megalodon_memory import documents_of, group_norm
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class ClassifierConfig(ModelConfig):
+    """A classifier of token rows; blocks: a MegalodonConfig with bidirectional=True."""
+
+    blocks: MegalodonConfig
+    num_classes: int
+
+    def __post_init__(self):
+        if not self.blocks.bidirectional:
+            raise ValueError("ClassifierConfig.blocks.bidirectional=False: must be True")
+        if self.num_classes < 2:
+            raise ValueError(f"ClassifierConfig.num_classes={self.num_classes}: must be >= 2")
+
+    def build(self, sharding: ShardingRules | None = None) -> "MegalodonClassifier":
+        return MegalodonClassifier(config=self, sharding=sharding or ShardingRules())
+
+
+@flax.struct.dataclass
+class ClassifierOutput:
+    """logits: float32 [B, classes]; hidden: [B, T, D], 0 on padding."""
+
+    logits: Any
+    hidden: Any
+
+
+class MegalodonClassifier(Model):
+    """Embedding, blocks, group norm, mean over the row, linear layer."""
+
+    config: ClassifierConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        key: jax.Array | None = None,
+    ) -> ClassifierOutput:
+        """segment_ids: 1 = the sequence, 0 = padding after it; default no padding. key: of
+        dropout."""
+        config = self.config.blocks
+        check_token_ids("tokens", tokens)
+        if segment_ids is None:
+            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        documents = documents_of(jnp.minimum(segment_ids, 1), config)
+        dtype = self.config.precision.dtype
+        embed = Embed(config.vocab_size, config.d_model, dtype, self.sharding, name="embed")
+        rope = rotation(config, tokens.shape, documents)
+        arguments = (rope, documents, None, key)
+        x, _ = run_blocks(config, self.sharding, embed(tokens), *arguments)
+        w = declare(self, norm_parameters(config, "norm"))
+        affine = w["norm_weight"] + 1.0, w["norm_bias"]
+        x = group_norm(x, affine, documents.real, config)
+        count = jnp.maximum(documents.real.sum(1, dtype=jnp.int32), 1).astype(jnp.float32)
+        mean = x.astype(jnp.float32).sum(1, keepdims=True) / count[:, None, None]
+        logits = Head(self.config.num_classes, self.sharding, name="head")(mean)
+        return ClassifierOutput(logits[:, 0], x)
+
+    def example_inputs(self) -> tuple:
+        return (jnp.zeros((1, 8), jnp.int32),)
+
+    def loss(self, params, batch: dict[str, jax.Array], key: jax.Array | None = None) -> LossSums:
+        """Cross-entropy of `labels` [B]; reads tokens and segment_ids."""
+        inputs = (batch["tokens"], batch.get("segment_ids"))
+        logits = self.apply({"params": params}, *inputs, key=key).logits[:, None]
+        labels = batch["labels"][:, None]
+        every = jnp.ones(labels.shape, bool)
+        return cross_entropy_sums(logits, labels, every, jnp.ones_like(labels))
+
+    def flops_per_token(self, context_length: int) -> float:
+        blocks = self.config.blocks
+        return blocks.num_layers * block_flops(blocks, context_length)

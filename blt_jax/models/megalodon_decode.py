@@ -1,0 +1,316 @@
+"""Megalodon (arXiv 2404.08801) token by token and piece by piece, with a state of constant size.
+
+A row's state is the keys and values of its current chunk (or window), the moving average of every
+layer, and the statistics of every norm. The equations are those of `megalodon.block`; here are the
+attention of new tokens to a kept chunk, and the loop over pieces of long rows.
+
+Shapes as in `megalodon`; S slots of the kept keys, the reach of the attention.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from blt_jax.layers import step
+from blt_jax.layers.attention import masked_attention
+from blt_jax.layers.cache import LayerCache
+from blt_jax.layers.rope import rope_table
+from blt_jax.models.megalodon import (
+    LayerState,
+    Megalodon,
+    MegalodonCache,
+    block,
+)
+from blt_jax.models.megalodon_config import MegalodonConfig
+from blt_jax.models.megalodon_memory import (
+    ema_coefficients,
+    fresh_norm_state,
+    timestep_norm,
+)
+
+PIECE = 1024
+"""Most tokens that `extend` takes at once; its scores are those of PIECE queries and S + PIECE
+keys."""
+
+
+def new_cache(model: Megalodon, params: dict[str, Any], rows: int) -> MegalodonCache:
+    """The state of rows that have read nothing."""
+    config = model.config
+    dtype, zeros = config.precision.dtype, jnp.zeros
+    heads, S = config.num_heads, config.reach
+    state = zeros((rows, config.d_model, config.state_size), jnp.float32)
+    keys = LayerCache.create(rows, heads, S, config.head_dim, dtype)
+    values = LayerCache.create(rows, heads, S, config.value_width, dtype)
+    attention = LayerCache(key=keys.key, value=values.value)
+    layers = tuple(
+        LayerState(attention, (state, state), fresh_norm_state(config, w, "norm", rows))
+        for w in step.unstack(params["layers"])
+    )
+    norm = fresh_norm_state(config, params, "norm", rows)
+    return MegalodonCache(layers, norm, zeros((rows,), jnp.int32))
+
+
+def block_weights(config: MegalodonConfig, params: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Parameters of every layer, projections in the compute type, the coefficients of the moving
+    average worked out: once before a loop."""
+    dtype = config.precision.dtype
+
+    def of_layer(w):
+        kernel = lambda name: name.endswith("kernel") or name in ("mlp_gate", "mlp_up", "mlp_down")  # noqa: E731
+        cast = {name: x.astype(dtype) if kernel(name) else x for name, x in w.items()}
+        return cast | {"coefficients": ema_coefficients(config, w)}
+
+    return tuple(of_layer(w) for w in step.unstack(params["layers"]))
+
+
+def slot_positions(lengths: Int[Array, " B"], slots: int) -> Int[Array, "B S"]:
+    """Position of the token in each slot of rows of these lengths; negative: none."""
+    last_B1 = lengths[:, None] - 1
+    slot_1S = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    return last_B1 - (last_B1 - slot_1S) % slots
+
+
+def attend_with_cache(
+    config: MegalodonConfig,
+    cache: LayerCache,
+    lengths: Int[Array, " B"],
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H J"],
+) -> tuple[Float[Array, "B T H J"], LayerCache]:
+    """New tokens after `lengths` known ones: attention over kept and new keys, which may lie in
+    two chunks, and the cache with the new ones in it."""
+    T, slots = q.shape[1], config.reach
+    new_BT = lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    position_BS = jnp.concatenate([slot_positions(lengths, slots), new_BT], axis=1)
+    distance = new_BT[:, :, None] - position_BS[:, None, :]
+    mask = (distance >= 0) & (position_BS >= 0)[:, None, :]
+    if config.attention_window:
+        mask &= distance < config.attention_window
+    else:
+        c = config.chunk_size
+        mask &= new_BT[:, :, None] // c == position_BS[:, None, :] // c
+    keys, values = (
+        jnp.concatenate([jnp.swapaxes(jnp.concatenate(old, axis=2), 1, 2), new], axis=1)
+        for old, new in ((cache.key, k), (cache.value, v))
+    )
+    out = masked_attention(q, keys, values, mask, scale=1.0)
+    # Which of the kept and new tokens lies in each slot afterwards.
+    after_BS = slot_positions(lengths + T, slots)
+    index = jnp.where(
+        after_BS < lengths[:, None], jnp.arange(slots), slots + after_BS - lengths[:, None]
+    )
+
+    def place(x, chunks):
+        x = jnp.take_along_axis(x, index[:, :, None, None], axis=1)
+        sizes = [chunk.shape[2] for chunk in chunks]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+        return tuple(jnp.split(jnp.swapaxes(x, 1, 2).astype(chunks[0].dtype), ends, axis=2))
+
+    return out, LayerCache(key=place(keys, cache.key), value=place(values, cache.value))
+
+
+def attend_step(
+    config: MegalodonConfig,
+    cache: LayerCache,
+    lengths: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    q: Float[Array, "B 1 H K"],
+    k: Float[Array, "B 1 H K"],
+    v: Float[Array, "B 1 H J"],
+) -> tuple[Float[Array, "B 1 H J"], LayerCache]:
+    """`attend_with_cache` of one token, for few rows; rows not `active` keep their cache."""
+    slots = config.reach
+    slot = jnp.where(active, lengths % slots, slots)
+    cache = cache.write(k[:, 0], v[:, 0], slot)
+    end = lengths % slots + 1
+    if config.attention_window:
+        end = jnp.minimum(lengths + 1, slots)
+    out = step.attend_slots(q[:, 0], cache, jnp.zeros_like(end), end, scale=1.0)
+    return out[:, None], cache
+
+
+@flax.struct.dataclass
+class MegalodonDecoder:
+    """Decoder of a Megalodon language model; rows may be as long as counters reach.
+
+    capacity: tokens a row may reach, which costs no memory.
+    """
+
+    model: Megalodon = flax.struct.field(pytree_node=False)
+    params: Any
+    capacity: int = flax.struct.field(pytree_node=False)
+    weights: Any = None
+    """Of `block_weights`, see `prepare`."""
+
+    @classmethod
+    def create(
+        cls, model: Megalodon, params: dict[str, Any], capacity: int = 2**31 - 1
+    ) -> "MegalodonDecoder":
+        """Raises ValueError for a capacity below 1 or beyond the 32-bit counters."""
+        if not 1 <= capacity < 2**31:
+            raise ValueError(f"capacity={capacity}: must be 1..{2**31 - 1} tokens")
+        return cls(model=model, params=params, capacity=capacity)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    def prepare(self) -> "MegalodonDecoder":
+        if self.weights is not None:
+            return self
+        return self.replace(weights=block_weights(self.model.config, self.params))
+
+    def new_cache(self, rows: int) -> MegalodonCache:
+        """The state of rows that have read nothing."""
+        return new_cache(self.model, self.params, rows)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], MegalodonCache]:
+        """As Decoder.prefill, by the full forward pass."""
+        step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
+        lengths = lengths.astype(jnp.int32)
+        real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+        tokens = jnp.where(real, tokens.astype(jnp.int32), 0)
+        output = self.model.apply(
+            {"params": self.params}, tokens, lengths=lengths, compute_logits=False
+        )
+        last_B1D = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
+        return self._logits(last_B1D[:, 0]), output.cache
+
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: MegalodonCache
+    ) -> tuple[Float[Array, "B V"], MegalodonCache]:
+        """Reads T more tokens of every row, in pieces: logits after the last, and the cache.
+
+        Memory does not grow with T beyond the tokens themselves. Rows may have read different
+        numbers of tokens, and pieces may straddle chunks. Outside jit, raises ValueError for ids
+        outside the vocabulary, rows without room, and a cache that is not this model's or has NaN.
+        """
+        hidden, cache = self._extend(tokens, cache, lambda x: x[:, -1])
+        return self._logits(hidden[-1]), cache
+
+    def extend_logits(
+        self, tokens: Int[Array, "B T"], cache: MegalodonCache
+    ) -> tuple[Float[Array, "B T V"], MegalodonCache]:
+        """`extend` with the logits after every token."""
+        hidden, cache = self._extend(tokens, cache, lambda x: x)
+        return self._logits(jnp.concatenate(hidden, axis=1)), cache
+
+    def _extend(self, tokens, cache, read):
+        step.check_prompts(
+            tokens, jnp.full(tokens.shape[:1], tokens.shape[1]), self.capacity, self.vocab_size
+        )
+        step.check_room(cache.lengths, tokens.shape[1], self.capacity)
+        check_cache(self.model.config, cache, tokens.shape[0])
+        decoder, T = self.prepare(), tokens.shape[1]
+        size = min(T, self.model.config.reach, PIECE)
+        whole, parts = T // size * size, []
+        if whole > size:
+
+            def piece(cache, tokens):
+                hidden, cache = decoder._piece(tokens, cache)
+                return cache, read(hidden)
+
+            pieces = jnp.moveaxis(tokens[:, :whole].reshape(tokens.shape[0], -1, size), 1, 0)
+            cache, hidden = jax.lax.scan(piece, cache, pieces)
+            parts += list(hidden)
+        else:
+            hidden, cache = decoder._piece(tokens[:, :whole], cache)
+            parts.append(read(hidden))
+        if whole < T:
+            hidden, cache = decoder._piece(tokens[:, whole:], cache)
+            parts.append(read(hidden))
+        return parts, cache
+
+    def step(
+        self,
+        tokens: Int[Array, " B"],
+        cache: MegalodonCache,
+        active: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], MegalodonCache]:
+        """As Decoder.step. Outside jit, raises ValueError when a row has no room left."""
+        step.check_token_ids("tokens", tokens)
+        step.check_room(cache.lengths, 1, self.capacity)
+        active = jnp.ones(tokens.shape, bool) if active is None else active
+        hidden, cache = self.prepare()._piece(tokens[:, None], cache, active)
+        return self._logits(hidden[:, 0]), cache
+
+    def _piece(self, tokens, cache, active=None):
+        """All layers over the next tokens [B, T] of every row; T = 1 where `active` is given."""
+        config, params = self.model.config, self.params
+        sharding = dataclasses.replace(self.model.sharding, length=())
+        x = jnp.take(params["embed"]["table"], tokens, axis=0).astype(config.precision.dtype)
+        if config.scale_embeddings:
+            x *= config.d_model**0.5
+        position = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        if not config.attention_window:
+            position = position % config.chunk_size
+        rope = rope_table(position, config.rope, config.head_dim)
+        layers = []
+        for w, state in zip(self.weights, cache.layers, strict=True):
+            arguments = (config, state.attention, cache.lengths)
+            attend = functools.partial(attend_with_cache, *arguments)
+            if active is not None:
+                attend = functools.partial(attend_step, *arguments, active)
+            x, after = block(
+                config,
+                sharding,
+                w,
+                x,
+                rope,
+                attend,
+                norm_state=state.norm,
+                ema_state=state.ema,
+                coefficients=w["coefficients"],
+            )
+            layers.append(_keep(active, after, state))
+        norms = dict(config=config, sharding=sharding)
+        x, norm = timestep_norm(x, params, "norm", cache.norm, None, **norms)
+        lengths = cache.lengths + (tokens.shape[1] if active is None else active.astype(jnp.int32))
+        return x, MegalodonCache(tuple(layers), _select(active, norm, cache.norm), lengths)
+
+    def _logits(self, x):
+        kernel = self.model.output_kernel(self.params).astype(x.dtype)
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _keep(active, after: LayerState, before: LayerState) -> LayerState:
+    """The state after a step, of rows not `active` that before it; attention has done so."""
+    ema, norm = _select(active, (after.ema, after.norm), (before.ema, before.norm))
+    return LayerState(after.attention, ema, norm)
+
+
+def _select(active, after, before):
+    if active is None:
+        return after
+    return jax.tree.map(
+        lambda a, b: jnp.where(active.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), after, before
+    )
+
+
+def check_cache(config: MegalodonConfig, cache: MegalodonCache, rows: int) -> None:
+    """Raises ValueError for a cache of other rows or another configuration; outside jit also for
+    one that holds NaN."""
+    G, N = config.norm_groups, config.state_size
+    if len(cache.layers) != config.num_layers:
+        raise ValueError(
+            f"cache has {len(cache.layers)} layers: the model has num_layers={config.num_layers}"
+        )
+    layer = cache.layers[0]
+    found = (layer.ema[0].shape, layer.norm.mean.shape, layer.attention.slots)
+    needed = ((rows, config.d_model, N), (rows, G), config.reach)
+    for name, a, b in zip(("ema", "norm", "attention slots"), found, needed, strict=True):
+        if a != b:
+            raise ValueError(f"cache: {name} is {a}, but these rows and this model need {b}")
+    if isinstance(cache.lengths, jax.core.Tracer):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cache):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and bool(jnp.isnan(leaf).any()):
+            raise ValueError(f"cache{jax.tree_util.keystr(path)} holds NaN")

@@ -1,0 +1,179 @@
+"""Training on short rows, then the loss by position of rows many times longer, and a recall task.
+
+The second model is trained from scratch on the recall task of `data.synthetic.recall_rows`: one of
+a few letters at the start of a row has to be named again after noise.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blt_jax.data.loader import DataConfig, evaluation_config, loader
+from blt_jax.data.packing import Packing
+from blt_jax.data.synthetic import RECALL_VOCABULARY, recall_rows
+from blt_jax.layers.losses import target_nats
+from blt_jax.layers.model import Model
+from blt_jax.recipes.language_model import LanguageModel
+from blt_jax.train.evaluate import bits_per_byte
+from blt_jax.train.pretraining import Context, EvaluationConfig, Fit, Pretraining
+from blt_jax.train.step import batch_sharding, put_batch
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class LongContext(LanguageModel):
+    """`LanguageModel`, then its loss on rows of `long_length` bytes of one document each.
+
+    long_rows: how many rows, of the validation split. bucket: positions per point of the figure.
+    recall: the training on the recall task; None: without. recall_gaps: tokens of noise between
+    the letter and the question, asked for equally often.
+    """
+
+    long_length: int = 8192
+    long_rows: int = 8
+    bucket: int = 256
+    recall: Pretraining | None = None
+    recall_gaps: tuple[int, ...] = (8, 24, 48)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("long_length", "long_rows", "bucket"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LongContext.{name}={getattr(self, name)}: must be >= 1")
+        trained = self.data.sequence_length
+        if self.long_length <= trained or trained % self.bucket or self.long_length % self.bucket:
+            raise ValueError(
+                f"LongContext.long_length={self.long_length}: must be above the training length "
+                f"{trained}, and both multiples of bucket={self.bucket}"
+            )
+        if not self.recall_gaps or min(self.recall_gaps) < 0:
+            raise ValueError(f"LongContext.recall_gaps={self.recall_gaps}: must be >= 0, not empty")
+
+    def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
+        """`bits_per_byte_within` and `_beyond` the training length on long rows, forward
+        `flops_per_token` at both lengths, and `recall_accuracy` by gap."""
+        numbers = loss_by_position(self, context, fit.model, fit.params)
+        for name, length in (("", self.data.sequence_length), ("_long", self.long_length)):
+            numbers[f"flops_per_token{name}"] = float(fit.model.flops_per_token(length))
+        if self.recall is not None:
+            numbers |= run_recall(self.recall, self.recall_gaps, context.child("recall"))
+        return numbers
+
+
+def loss_by_position(
+    config: LongContext, context: Context, model: Model, params: Any
+) -> dict[str, float]:
+    """Bits per byte within and beyond the training length; the figure `loss_by_position`."""
+    data = evaluation_config(
+        config.data,
+        sequence_length=config.long_length,
+        batch_size=1,
+        packing=Packing.ONE_DOCUMENT,
+    )
+    sharding = batch_sharding(context.mesh, model.sharding)
+
+    @jax.jit
+    def sums(params, batch):
+        output = model.apply({"params": params}, *model.inputs(batch))
+        nats = jnp.where(batch["target_mask"], target_nats(output.logits, batch["targets"])[0], 0.0)
+        counted = jnp.where(batch["target_mask"], batch["target_bytes"], 0).astype(jnp.float32)
+        return jnp.stack([nats, counted]).sum(1).reshape(2, -1, config.bucket).sum(2)
+
+    totals, rows = np.zeros((2, config.long_length // config.bucket)), 0
+    with jax.set_mesh(context.mesh):
+        for batch in loader(data):
+            if rows == config.long_rows:
+                break
+            if not (np.asarray(batch["segment_ids"]) > 0).all():
+                continue
+            placed = {k: v[0] for k, v in put_batch(batch, 1, sharding).items()}
+            totals, rows = totals + np.asarray(sums(params, placed), np.float64), rows + 1
+    if rows < config.long_rows:
+        raise ValueError(
+            f"LongContext.long_rows={config.long_rows}: the validation split has only {rows} "
+            f"pieces of documents of {config.long_length} bytes"
+        )
+    context.writer.figure("loss_by_position", _figure(config, totals))
+    trained = config.data.sequence_length // config.bucket
+    return {
+        "bits_per_byte_within": bits_per_byte(*totals[:, :trained].sum(1)),
+        "bits_per_byte_beyond": bits_per_byte(*totals[:, trained:].sum(1)),
+    }
+
+
+def _figure(config: LongContext, totals: np.ndarray) -> Any:
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    position = (np.arange(totals.shape[1]) + 0.5) * config.bucket
+    axes.plot(position, totals[0] / (np.log(2) * totals[1]), marker=".")
+    axes.axvline(config.data.sequence_length, color="grey", linestyle="--", label="trained length")
+    axes.set_xlabel("position in the document (bytes)")
+    axes.set_ylabel("bits per byte")
+    axes.legend()
+    return figure
+
+
+# ------------------------------------------------------------------------------------ recall
+
+
+class RecallBatches:
+    """Batches of the recall task without end; batch i depends on the seed and i alone."""
+
+    def __init__(self, config: DataConfig, gaps: tuple[int, ...]):
+        self._config, self._gaps, self._next = config, gaps, 0
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = self._config.batch_size // jax.process_count()
+        first = self._next * self._config.batch_size + jax.process_index() * rows
+        self._next += 1
+        parts = [
+            recall_rows(
+                1,
+                self._gaps[i % len(self._gaps)],
+                length=self._config.sequence_length,
+                seed=(self._config.seed, int(self._config.split.value == "train"), i),
+            )
+            for i in range(first, first + rows)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def get_state(self) -> int:
+        return self._next
+
+    def set_state(self, state: int) -> None:
+        self._next = state
+
+
+def run_recall(
+    config: Pretraining, gaps: tuple[int, ...], context: Context, batches: int = 4
+) -> dict[str, float]:
+    """Trains on the recall task; accuracy of new rows, chance is 1 / 8, for each gap."""
+    needed = max(gaps) + 2
+    if config.data.sequence_length < needed or config.model.vocab_size < RECALL_VOCABULARY:
+        raise ValueError(
+            f"recall: rows need sequence_length >= {needed} and vocab_size >= {RECALL_VOCABULARY}, "
+            f"not {config.data.sequence_length} and {config.model.vocab_size}"
+        )
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(batches=batches))
+    fit = config.fit(context, batches=lambda data: RecallBatches(data, gaps))
+    numbers = {"recall_accuracy": fit.metrics["accuracy"]}
+    held_out = evaluation_config(config.data)
+
+    @jax.jit
+    def accuracy(params, batch):
+        logits = fit.model.apply({"params": params}, *fit.model.inputs(batch)).logits
+        right = (logits.argmax(-1) == batch["targets"]) & batch["target_mask"]
+        return right.sum() / batch["target_mask"].sum()
+
+    for gap in gaps:
+        batch = next(RecallBatches(held_out, (gap,)))
+        numbers[f"recall_accuracy_{gap}"] = float(accuracy(fit.params, batch))
+    return numbers

