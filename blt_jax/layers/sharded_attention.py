@@ -19,18 +19,20 @@ from blt_jax.layers.block_attention import block_attention
 def sharded_causal_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G K"],
+    v: Float[Array, "B T G J"],
     segment_ids: Int[Array, "B T"],
     *,
     window: int = 0,
+    scale: float | None = None,
     sharding: ShardingRules,
     pieces: int = 1,
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B T H J"]:
     """`causal_attention` divided over the current mesh by `sharding`.
 
     pieces: into which the rows are cut, with padding between them that the window does not count.
     Raises ValueError if the window reaches farther than one piece, or sizes cannot be divided.
     """
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     devices = parts_of("length", sharding)
     if devices > 1 or pieces > 1:
         pieces, cut = (devices, False) if pieces == 1 else (pieces, True)
@@ -43,15 +45,17 @@ def sharded_causal_attention(
                     f"fewer than {pieces} pieces"
                 )
             # A window over several devices reads the gathered keys.
-            return _on_mesh(_gathered(window, sharding), q, k, v, segment_ids, sharding)
+            return _on_mesh(_gathered(window, scale, sharding), q, k, v, segment_ids, sharding)
         if window and (cut or devices > 1):
             own = pieces // devices
-            return _on_mesh(_windowed(window, own, cut, sharding), q, k, v, segment_ids, sharding)
+            return _on_mesh(
+                _windowed(window, scale, own, cut, sharding), q, k, v, segment_ids, sharding
+            )
         if devices > 1:
-            return _on_mesh(_gathered(window, sharding), q, k, v, segment_ids, sharding)
+            return _on_mesh(_gathered(window, scale, sharding), q, k, v, segment_ids, sharding)
 
     def local(q, k, v, segment_ids):
-        return causal_attention(q, k, v, segment_ids, window=window)
+        return causal_attention(q, k, v, segment_ids, window=window, scale=scale)
 
     return _on_mesh(local, q, k, v, segment_ids, sharding)
 
@@ -73,14 +77,13 @@ def _divisible_heads(x: jax.Array, num_heads: int, sharding: ShardingRules) -> j
     return constrain(x, ("batch", "length", "heads_act", None), sharding)
 
 
-def _gathered(window: int, sharding: ShardingRules):
+def _gathered(window: int, scale: float, sharding: ShardingRules):
     """Attention of a device's queries to the keys of the whole rows."""
     axes = axes_of("length", sharding)
 
     def attend(q, k, v, segment_ids):
         keys = [lax.all_gather(x, axes, axis=1, tiled=True) for x in (k, v, segment_ids)]
         first = lax.axis_index(axes) * q.shape[1]
-        scale = q.shape[3] ** -0.5
         return block_attention(
             q, keys[0], keys[1], segment_ids, keys[2], first, window=window, scale=scale
         )
@@ -88,7 +91,7 @@ def _gathered(window: int, sharding: ShardingRules):
     return attend
 
 
-def _windowed(window: int, pieces: int, cut: bool, sharding: ShardingRules):
+def _windowed(window: int, scale: float, pieces: int, cut: bool, sharding: ShardingRules):
     """Attention inside each of `pieces` pieces and to the window - 1 tokens before it."""
     axes = axes_of("length", sharding)
 
@@ -112,8 +115,8 @@ def _windowed(window: int, pieces: int, cut: bool, sharding: ShardingRules):
             keys(segment_ids, mask=True),
             window - 1,
             window=window,
-            scale=q.shape[3] ** -0.5,
+            scale=scale,
         )
-        return out.reshape(q.shape)
+        return out.reshape(*q.shape[:3], v.shape[3])
 
     return attend

@@ -37,7 +37,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from blt_jax.dist.sharding import ShardingRules, constrain
+from blt_jax.dist.sharding import ShardingRules, constrain, parts_of, shard_by_names
 from blt_jax.layers.attention import causal_attention, dense_causal_attention, masked_attention
 from blt_jax.layers.cache import LayerCache
 from blt_jax.layers.embed import Embed, Head, check_token_ids
@@ -47,6 +47,7 @@ from blt_jax.layers.mlp import swiglu
 from blt_jax.layers.norms import layer_norm, rms_norm
 from blt_jax.layers.projection import project, truncated_normal
 from blt_jax.layers.rope import rope_table, rotate
+from blt_jax.layers.sharded_attention import sharded_causal_attention
 from blt_jax.models.megalodon_config import (  # noqa: F401
     AttentionDropout,
     DecayInit,
@@ -73,7 +74,6 @@ from blt_jax.models.megalodon_memory import (
     ema_coefficients,
     group_norm,
     moving_average,
-    on_mesh,
     timestep_norm,
 )
 
@@ -106,41 +106,41 @@ def chunk_attention(
     v: Float[Array, "B T H J"],
     documents: Documents | None,
     config: MegalodonConfig,
+    sharding: ShardingRules,
 ) -> Float[Array, "B T H J"]:
     """Attention with unscaled scores to the earlier tokens of the own chunk (or window)."""
-    T, c = q.shape[1], config.chunk_size
+    T, c, window = q.shape[1], config.chunk_size, config.attention_window
+    apart = functools.partial(sharded_causal_attention, scale=1.0, sharding=sharding)
+    if documents is not None:
+        return apart(q, k, v, documents.attention, window=config.reach)
+    whole_chunks = T // parts_of("length", sharding) % c == 0
+    if parts_of("length", sharding) > 1 and (window or not whole_chunks):
+        # Chunks that devices share are told apart like documents.
+        chunks = lax.broadcasted_iota(jnp.int32, q.shape[:2], 1) // (T if window else c)
+        return apart(q, k, v, chunks + 1, window=window)
 
     def attend(q, k, v):
         ones = jnp.ones(q.shape[:2], jnp.int32)
         if q.shape[1] <= DENSE_CHUNK:
-            out = dense_causal_attention(q, k, v, ones, window=config.attention_window, scale=1.0)
-            return checkpoint_name(out, "attention")
-        return causal_attention(q, k, v, ones, window=config.attention_window, scale=1.0)
+            return dense_causal_attention(q, k, v, ones, window=window, scale=1.0)
+        return causal_attention(q, k, v, ones, window=window, scale=1.0)
 
-    if documents is not None:
-        return causal_attention(q, k, v, documents.attention, window=config.reach, scale=1.0)
-    if config.attention_window or c >= T:
-        return attend(q, k, v)
-    whole, chunked = T // c * c, _by_chunk(attend, c)
-    parts = [chunked(*(x[:, :whole] for x in (q, k, v)))]
-    if whole < T:
-        parts.append(attend(*(x[:, whole:] for x in (q, k, v))))
-    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    def by_chunk(q, k, v):
+        rows = [x.reshape(-1, c, *x.shape[2:]) for x in (q, k, v)]
+        return attend(*rows).reshape(*q.shape[:2], *v.shape[2:])
 
+    def local(q, k, v):
+        """Whole chunks, and what is left of a row as a short one."""
+        if window or c >= q.shape[1]:
+            return attend(q, k, v)
+        whole = q.shape[1] // c * c
+        parts = [by_chunk(*(x[:, :whole] for x in (q, k, v)))]
+        if whole < q.shape[1]:
+            parts.append(attend(*(x[:, whole:] for x in (q, k, v))))
+        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
-def _by_chunk(attend: Callable, c: int) -> Callable:
-    """`attend` on whole chunks as rows; on a mesh rows and chunks stay axes of their own."""
-
-    def merged(*arrays):
-        out = attend(*(x.reshape(-1, c, *x.shape[2:]) for x in arrays))
-        return out.reshape(*arrays[0].shape[:2], *out.shape[2:])
-
-    def apart(*arrays):
-        cut = (x.reshape(x.shape[0], -1, c, *x.shape[2:]) for x in arrays)
-        out = jax.vmap(attend, in_axes=1, out_axes=1)(*cut)
-        return out.reshape(*arrays[0].shape[:2], *out.shape[3:])
-
-    return apart if on_mesh() else merged
+    names = ("batch", "length", "heads_act", None)
+    return shard_by_names(local, (names,) * 3, names, sharding)(q, k, v)
 
 
 def dense_chunk_attention(
@@ -434,7 +434,7 @@ class Block(nn.Module):
             if lengths is not None:
                 zeros = jnp.zeros_like(lengths)
                 kept = LayerCache.from_rows(k, v, zeros, lengths, config.reach, k.dtype)
-            return chunk_attention(q, k, v, documents, config), kept
+            return chunk_attention(q, k, v, documents, config, self.sharding), kept
 
         x, state = block(
             config,

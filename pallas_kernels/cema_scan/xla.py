@@ -26,6 +26,12 @@ BLOCK_CHUNKS = 8
 SEGMENT = 256
 """Tokens between the states that are kept for the backward pass; a multiple of CHUNK."""
 
+BACKWARD_CHANNELS = 1024
+"""Rows times channels times segments that the backward pass takes at once: it adds to gradients as
+large as the tables each time, which for few channels costs more than a larger working set."""
+
+MAX_BACKWARD_SEGMENTS = 4
+
 
 class Tables(NamedTuple):
     """What one chunk does: matrices per channel, for row vectors from the left.
@@ -88,8 +94,10 @@ def backward(
     d_state_BDN: Complex,
 ) -> tuple[jax.Array, Coefficients, Complex]:
     """The gradients of x, the coefficients and the first state."""
-    length = x_BTD.shape[1]
-    whole = length // SEGMENT
+    rows, length, width = x_BTD.shape
+    segments = min(max(BACKWARD_CHANNELS // (rows * width), 1), MAX_BACKWARD_SEGMENTS)
+    span = segments * SEGMENT
+    whole = length // span
     tables, tables_pullback = jax.vjp(functools.partial(_tables, length=length), coefficients)
     d_state = _channels_first(d_state_BDN)
     d_tables, d_coefficients = jax.tree.map(jnp.zeros_like, (tables, coefficients))
@@ -97,10 +105,10 @@ def backward(
     size = coefficients.decay_re.shape[1]
 
     def gradients(i, length, d_state):
-        """Those of segment i, of the given length."""
-        x, reset = _cut((x_BTD, reset_BT), i * SEGMENT, length)
-        (dy,) = _cut((dy_BTD,), i * SEGMENT, length)
-        before = lax.dynamic_index_in_dim(states_DBN, i, keepdims=False)
+        """Those of span i, of the given length."""
+        x, reset = _cut((x_BTD, reset_BT), i * span, length)
+        (dy,) = _cut((dy_BTD,), i * span, length)
+        before = lax.dynamic_index_in_dim(states_DBN, i * segments, keepdims=False)
         before = before[..., :size], before[..., size:]
         segment = lambda x, *others: _segment(x, reset, *others)  # noqa: E731
         _, pullback = jax.vjp(segment, x, tables, coefficients, before)
@@ -109,14 +117,14 @@ def backward(
     def body(step, carry):
         dx_BTD, d_tables, d_state = carry
         i = whole - 1 - step
-        dx, d_more, _, d_state = gradients(i, SEGMENT, d_state)
-        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, i * SEGMENT, 1)
+        dx, d_more, _, d_state = gradients(i, span, d_state)
+        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, i * span, 1)
         return dx_BTD, jax.tree.map(jnp.add, d_tables, d_more), d_state
 
     dx_BTD = jnp.zeros_like(x_BTD)
-    if length % SEGMENT:
-        dx, d_tables, d_coefficients, d_state = gradients(whole, length % SEGMENT, d_state)
-        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, whole * SEGMENT, 1)
+    if length % span:
+        dx, d_tables, d_coefficients, d_state = gradients(whole, length % span, d_state)
+        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, whole * span, 1)
     if whole:
         dx_BTD, d_tables, d_state = lax.fori_loop(0, whole, body, (dx_BTD, d_tables, d_state))
     (d_more,) = tables_pullback(d_tables)
