@@ -17,6 +17,7 @@ from blt_jax.data.loader import DataConfig
 from blt_jax.data.sources import SourceConfig
 from blt_jax.data.synthetic import RECALL_VOCABULARY
 from blt_jax.data.tokenizers import TokenizerConfig, TokenizerKind
+from blt_jax.dist.mesh import MeshConfig
 from blt_jax.layers.model import ModelConfig
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import llama3, megalodon
@@ -174,7 +175,16 @@ def megalodon_7b() -> LanguageModel:
     return _paper(megalodon.megalodon_7b(), 3.5e-4)
 
 
-RUNS = (smoke, tiny, proof, proof_seeds, mega_200m, mega_1_3b, megalodon_7b)
+def megalodon_7b_v5p_64() -> LanguageModel:
+    """The 7B model on v5p:4x4x4."""
+    run = megalodon_7b()
+    mesh = MeshConfig(data=2, fsdp=32)
+    model = dataclasses.replace(run.model, logits_chunk=4096)
+    return dataclasses.replace(run, model=model, mesh=mesh, accumulation=2)
+
+
+PAPER = (mega_200m, mega_1_3b, megalodon_7b, megalodon_7b_v5p_64)
+RUNS = (smoke, tiny, proof, proof_seeds, *PAPER)
 
 
 def get_config(run: str = "tiny") -> Experiment:

@@ -184,18 +184,17 @@ def inference_job(
 
 def _levers(config: Pretraining, phase: Phase, mesh: Mesh, prefix: str) -> tuple[str, ...]:
     """What lowers the activations, nearest first, in the words of the command line."""
-    from blt_jax.layers.transformer import Remat, TransformerConfig
+    from blt_jax.layers.transformer import Remat
 
     model = phase.model or config.model
+    fields = {f"model.{x.name}": getattr(model, x.name) for x in dataclasses.fields(model)}
     stacks = {
-        field.name: value
-        for field in dataclasses.fields(model)
-        if isinstance(value := getattr(model, field.name), TransformerConfig)
+        name: part for name, part in {"model": model, **fields}.items() if hasattr(part, "remat")
     }
     largest = max(stacks, key=lambda name: stacks[name].num_layers * stacks[name].d_model)
     levers = []
     if stacks[largest].remat is not Remat.FULL:
-        levers.append(f"store less: --config.{prefix}model.{largest}.remat=FULL")
+        levers.append(f"store less: --config.{prefix}{largest}.remat=FULL")
     data, parts = config.phase_data(phase), config.phase_accumulation(phase)
     sharding = batch_sharding(mesh, config.sharding)
     rows = data.batch_size // parts

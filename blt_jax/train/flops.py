@@ -1,6 +1,7 @@
 """Model FLOPs: peaks of devices, utilisation, and a count over a program's jaxpr."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -74,8 +75,9 @@ def count_flops(
 ) -> float:
     """FLOPs of the matrix products and convolutions of `function(*args)` (arrays or shapes).
 
-    A scan counts its body times its length, a cond its largest branch, a `shard_map` body once
-    per device, a Pallas call its own cost estimate. Loops of unknown length need `while_trips`;
+    A scan counts its body times its length, a cond its largest branch (a choice by platform: of
+    those that can be counted), a `shard_map` body once per device, a Pallas call its own cost
+    estimate. Loops of unknown length need `while_trips`;
     without it they raise ValueError, as does a Pallas call without an estimate. kernel_flops gives
     the FLOPs of such a call from its equation.
     """
@@ -112,6 +114,20 @@ def _inner(params) -> list:
     return found
 
 
+def _branches(eqn, count: Callable) -> list[float]:
+    """FLOPs of the branches of a cond; those made for another platform may have none."""
+    found, errors = [], []
+    for body in _inner(eqn.params):
+        try:
+            found.append(count(body))
+        except ValueError as error:
+            errors.append(error)
+    by_platform = eqn.params.get("branches_platforms") is not None
+    if errors and not (by_platform and found):
+        raise errors[0]
+    return found
+
+
 def _count(jaxpr, while_trips: int | None, kernel_flops: Callable | None) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -130,6 +146,9 @@ def _count(jaxpr, while_trips: int | None, kernel_flops: Callable | None) -> flo
                 total += kernel_flops(eqn)
             else:
                 raise ValueError(f"Pallas call {eqn.params.get('name')} has no cost_estimate")
+        elif name == "cond":
+            count = functools.partial(_count, while_trips=while_trips, kernel_flops=kernel_flops)
+            total += max(_branches(eqn, count), default=0.0)
         else:
             inner = [_count(body, while_trips, kernel_flops) for body in _inner(eqn.params)]
             if name == "scan":
@@ -138,8 +157,6 @@ def _count(jaxpr, while_trips: int | None, kernel_flops: Callable | None) -> flo
                 if while_trips is None and sum(inner) > 0:
                     raise ValueError("a while loop of unknown length: give while_trips")
                 total += (while_trips or 0) * sum(inner)
-            elif name == "cond":
-                total += max(inner, default=0.0)
             elif name == "shard_map":
                 total += eqn.params["mesh"].size * sum(inner)
             else:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from blt_jax.layers.transformer import Remat, TransformerConfig
 from blt_jax.models import blt, llama3
@@ -93,3 +94,19 @@ def test_chips():
     assert flops.chip("TPU v6 lite").memory == 32e9
     assert flops.chip("NVIDIA H100 80GB HBM3").bandwidth == 3350e9
     assert flops.chip("cpu") is None and flops.peak_flops("cpu") is None
+
+
+def test_a_choice_by_platform_counts_the_branches_that_can_be_counted():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    def uncounted(x):
+        return pl.pallas_call(kernel, out_shape=x, name="copy")(x)
+
+    def choose(x):
+        return jax.lax.platform_dependent(x, cuda=uncounted, default=lambda x: x @ x)
+
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    assert flops.count_flops(choose, x) == 2 * 8**3
+    with pytest.raises(ValueError, match="Pallas call copy has no cost_estimate"):
+        flops.count_flops(lambda x: jax.lax.cond(x[0, 0] > 0, uncounted, lambda x: x, x), x)
