@@ -14,8 +14,17 @@ BLOCK = 512
 LANES = 128
 
 
-def _block(length: int) -> int:
-    return BLOCK if length >= BLOCK else LANES
+MAX_BLOCK_VALUES = BLOCK * 512
+"""Most values of a block of queries or keys and their outputs: wider heads take shorter blocks, or
+the core's memory would not hold the accumulators of the backward pass."""
+
+
+def _block(length: int, width: int) -> int:
+    """Queries and keys per step for rows of `length`; width: of a key and a value together."""
+    block = BLOCK if length >= BLOCK else LANES
+    while block > LANES and block * width > MAX_BLOCK_VALUES:
+        block //= 2
+    return block
 
 
 def splash_attention(
@@ -35,7 +44,7 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, H = q.shape[1:3]
-    block = _block(T)
+    block = _block(T, k.shape[3] + v.shape[3])
     padding = -T % block
     length = T + padding
     segments = jnp.pad(segment_ids, ((0, 0), (0, padding)))
@@ -72,8 +81,9 @@ def splash_attention(
     return jnp.swapaxes(out, 1, 2)[:, :T].astype(v.dtype)
 
 
-_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-"""Products of a block of queries with a block of keys in each kernel."""
+_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+"""Products of a block of queries with a block of keys in each kernel: over features of keys, and of
+values."""
 
 
 def splash_flops(call: Any) -> float:
@@ -85,10 +95,11 @@ def splash_flops(call: Any) -> float:
     if match is None:
         raise ValueError(f"Pallas call {call.params['name']} is no splash kernel")
     grid = call.params["grid_mapping"].grid
-    queries = (x.aval for x in call.invars if jnp.issubdtype(x.aval.dtype, jnp.floating))
-    T, K = next(queries).shape[-2:]
-    block = _block(T)
+    floating = [x.aval.shape for x in call.invars if jnp.issubdtype(x.aval.dtype, jnp.floating)]
+    (T, K), J = floating[0][-2:], floating[2][-1]
+    block = _block(T, K + J)
     blocks = T // block
     # Blocks above the diagonal are steps of the grid without work; a window has none of them.
     share = (blocks + 1) / (2 * blocks) if grid[-1] == blocks else 1.0
-    return share * math.prod(grid) * _PRODUCTS[match.group(1)] * 2.0 * block**2 * K
+    of_keys, of_values = _PRODUCTS[match.group(1)]
+    return share * math.prod(grid) * 2.0 * block**2 * (of_keys * K + of_values * J)

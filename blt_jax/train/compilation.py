@@ -250,8 +250,8 @@ def compile_job(job: Job) -> tuple[Any, str, float]:
         try:
             compiled = jitted.lower(*job.arguments).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+            if "RESOURCE_EXHAUSTED" not in str(error) or "Vmem" in str(error):
+                raise  # the latter: of one kernel, which no layout changes
             raise DoesNotFitError(_does_not_fit(job, str(error))) from error
         texts = list(pathlib.Path(folder).glob("*.after_optimizations.txt"))
         text = max(texts, key=lambda path: path.stat().st_size).read_text()
