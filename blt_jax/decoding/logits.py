@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from blt_jax.decoding.decoder import Decoder
+
 
 @runtime_checkable
 class LogitsProcessor(Protocol):
@@ -141,3 +143,69 @@ class MinP:
         probability = jax.nn.softmax(logits, axis=-1)
         highest = jnp.max(probability, axis=-1, keepdims=True)
         return jnp.where(probability < self.share * highest, -jnp.inf, logits)
+
+
+# -------------------------------------------------------------- processors inside a decoder
+
+
+@flax.struct.dataclass
+class ProcessedCache:
+    """The cache of a decoder, and the ids that each row holds (bool [B, V])."""
+
+    cache: Any
+    seen: Any
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [B]: tokens read."""
+        return self.cache.lengths
+
+    def take_rows(self, indices) -> "ProcessedCache":
+        """The cache of rows `indices` [B']."""
+        return ProcessedCache(self.cache.take_rows(indices), self.seen[indices])
+
+    def counters(self) -> dict[str, jax.Array]:
+        return self.cache.counters()
+
+
+@flax.struct.dataclass
+class ProcessedDecoder:
+    """A Decoder whose logits went through processors.
+
+    For what the sampler does not reach: beam search, scores of continuations, and one of the
+    models of a ContrastiveDecoder.
+    """
+
+    decoder: Decoder
+    processors: tuple[LogitsProcessor, ...]
+
+    @property
+    def capacity(self) -> int:
+        return self.decoder.capacity
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    def prepare(self) -> "ProcessedDecoder":
+        return self.replace(decoder=self.decoder.prepare())
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], ProcessedCache]:
+        """As Decoder.prefill."""
+        logits, cache = self.decoder.prefill(tokens, lengths)
+        seen = tokens_seen(tokens, lengths, self.vocab_size)
+        return process_logits(self.processors, logits, seen), ProcessedCache(cache, seen)
+
+    def step(
+        self,
+        tokens: Int[Array, " B"],
+        cache: ProcessedCache,
+        active: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], ProcessedCache]:
+        """As Decoder.step."""
+        logits, inner = self.decoder.step(tokens, cache.cache, active)
+        ids = tokens if active is None else jnp.where(active, tokens, self.vocab_size)
+        seen = cache.seen.at[jnp.arange(tokens.shape[0]), ids].set(True, mode="drop")
+        return process_logits(self.processors, logits, seen), ProcessedCache(inner, seen)

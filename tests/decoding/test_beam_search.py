@@ -9,6 +9,7 @@ import pytest
 
 from blt_jax.decoding.beam_search import beam_search
 from blt_jax.decoding.decoder import TransformerDecoder
+from blt_jax.decoding.logits import AllowedIds, ProcessedDecoder, RepetitionPenalty
 from blt_jax.decoding.scoring import rank, score_continuations
 from blt_jax.dist.sharding import init_params
 from blt_jax.models import llama3
@@ -80,6 +81,18 @@ def test_narrow_beams_are_those_of_a_loop():
             np.testing.assert_allclose(out.scores[row], [s for _, s in expected], rtol=1e-5)
             narrower += expected[1][0] != narrow_beams(decoder.table, prompt, 256)[1][0]
     assert narrower  # the beam did lose texts
+
+
+def test_processors_constrain_the_search():
+    decoder = ProcessedDecoder(DECODER, (AllowedIds.create((0, 3), V),))
+    out = beam_search(decoder, PROMPTS, LENGTHS, 20, M)
+    assert np.isfinite(out.scores).sum(axis=1).tolist() == [16, 16]
+    assert set(np.unique(out.tokens[:, :16])) == {0, 3}
+    penalized = ProcessedDecoder(DECODER, (RepetitionPenalty(1e6),))
+    prompt, one = jnp.asarray([[1]]), jnp.asarray([1])
+    positive = penalized.replace(decoder=TableDecoder(jnp.abs(DECODER.table) + 1))
+    best = beam_search(positive, prompt, one, 64, 3).tokens[0, 0].tolist()
+    assert sorted(best) == [0, 2, 3]  # each beam has its own history
 
 
 def test_a_row_ends_when_nothing_better_can_follow():
