@@ -1,5 +1,7 @@
 """The contrastive rule, its identities, and two models decoded in step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,13 @@ from blt_jax.decoding.contrastive_decoding import ContrastiveDecoder, Form, Mask
 from blt_jax.decoding.decoder import TransformerDecoder
 from blt_jax.decoding.logits import AllowedIds, ProcessedDecoder, RepetitionPenalty
 from blt_jax.decoding.sampling import SamplingConfig, _generate, generate
+from blt_jax.decoding.scoring import score_continuations
 from blt_jax.dist.sharding import init_params
-from blt_jax.models import llama3
+from blt_jax.layers.transformer import TransformerConfig
+from blt_jax.models import blt, llama3
+from blt_jax.models.blt_decode import BLTDecoder
+from blt_jax.models.blt_ngrams import NgramConfig
+from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
 from tests.decoding.tables import TableDecoder, random_table
 
 EXPERT = jax.random.normal(jax.random.key(0), (7, 40)) * 3
@@ -239,6 +246,22 @@ def test_scores_and_beams_sum_contrastive_log_probabilities():
     order = jnp.argsort(-scores)
     np.testing.assert_array_equal(beams.tokens[0], everything[0, order])
     np.testing.assert_allclose(beams.scores[0], scores[order], rtol=1e-4, atol=1e-5)
+
+
+def test_a_byte_latent_transformer_beside_a_byte_level_llama():
+    """Scores of a pair are the combination of what each model gives alone."""
+    stack = TransformerConfig(num_layers=1, d_model=16, num_heads=2, mlp_dim=32, window=8)
+    config = blt.BLTConfig(local_encoder=stack, latent=stack, local_decoder=stack)
+    model = dataclasses.replace(config, ngrams=NgramConfig(sizes=(3,), vocab_size=31)).build()
+    patcher = PatcherConfig(kind=PatcherKind.STRIDED, stride=3)
+    expert = BLTDecoder.create(model, init_params(model, jax.random.key(0)), patcher, 16)
+    amateur = model_decoder(1, 1, 8, capacity=16, vocab_size=260)
+    pair = ContrastiveDecoder.create(expert, amateur, beta=0.25)
+    texts = jax.random.randint(jax.random.key(2), (2, 2, 6), 4, 260)
+    rows = PROMPTS[:2] + 4, LENGTHS[:2], texts, jnp.asarray([[6, 2], [4, 5]])
+    e, a = (score_continuations(decoder, *rows).token_scores for decoder in (expert, amateur))
+    out = cd.contrastive_scores(pair, *rows)
+    np.testing.assert_allclose(out.token_scores, 1.25 * e - 0.25 * a, atol=1e-4)
 
 
 def test_masked_tokens_never_enter_a_beam():

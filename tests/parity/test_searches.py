@@ -91,8 +91,9 @@ def test_generation_token_for_token(pairs):
 def test_beam_search(pairs, length_penalty):
     theirs, decoder = pairs[0]
     best = beam_search(decoder, PROMPTS, LENGTHS, 3, 10)
-    stop = int(best.tokens[0, 0, 4])  # an id that beams do reach
-    out = beam_search(decoder, PROMPTS, LENGTHS, 3, 10, (stop,), length_penalty)
+    # Ids that beams do reach, one of them at the last step.
+    stops = tuple(int(best.tokens[row, 0, step]) for row, step in ((0, 4), (1, 7), (2, 9)))
+    out = beam_search(decoder, PROMPTS, LENGTHS, 3, 10, stops, length_penalty)
     expected = theirs.generate(
         torch.tensor(PROMPTS, dtype=torch.long),
         attention_mask=torch.ones(PROMPTS.shape, dtype=torch.long),
@@ -100,7 +101,7 @@ def test_beam_search(pairs, length_penalty):
         num_return_sequences=3,
         max_new_tokens=10,
         do_sample=False,
-        eos_token_id=stop,
+        eos_token_id=list(stops),
         bos_token_id=None,
         pad_token_id=0,
         length_penalty=length_penalty,
@@ -109,7 +110,9 @@ def test_beam_search(pairs, length_penalty):
         output_scores=True,
     )
     texts = expected.sequences[:, 6:].numpy().reshape(3, 3, -1)
-    np.testing.assert_array_equal(out.tokens[:, :, : texts.shape[-1]], texts)
+    written = np.arange(texts.shape[-1]) < np.asarray(out.lengths)[..., None]
+    tokens = np.asarray(out.tokens)[:, :, : texts.shape[-1]]
+    np.testing.assert_array_equal(tokens[written], texts[written])
     scores = expected.sequences_scores.numpy().reshape(3, 3)
     np.testing.assert_allclose(out.scores, scores, atol=1e-4)
     assert np.asarray(out.finished).any()
