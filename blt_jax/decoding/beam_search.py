@@ -41,7 +41,7 @@ def beam_search(
 ) -> Beams:
     """Keeps `num_beams` unfinished and as many finished continuations of every prompt.
 
-    Scores are sums of log-probabilities; normalize: False sums the decoder's output as it is
+    One finishes where a stop id makes it one of the `num_beams` best of its step. Scores are sums of log-probabilities; normalize: False sums the decoder's output as it is
     (`contrastive_decoding`). A row ends early when no continuation can still become better.
     length_penalty: above 0 favours long ones, 0 compares sums. Raises ValueError for settings
     below their least value, rows beyond the capacity, and as Decoder.prefill does.
@@ -95,7 +95,10 @@ def _search(decoder, tokens, lengths, length_penalty, K, M, stop_ids, normalize)
         )
         going = jnp.where(stops, -jnp.inf, scores)
         alive, places = _best(candidates.replace(scores=going), K)
-        ended = jnp.where(stops, scores / jnp.float32(index + 1) ** length_penalty, -jnp.inf)
+        ranked = jnp.arange(count)[None, :] < K
+        ended = jnp.where(
+            stops & ranked, scores / jnp.float32(index + 1) ** length_penalty, -jnp.inf
+        )
         done, _ = _best(_join(done, candidates.replace(scores=ended)), K)
         return alive, done, jnp.take_along_axis(beam, places, axis=1)
 

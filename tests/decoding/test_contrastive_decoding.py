@@ -259,9 +259,11 @@ def test_a_byte_latent_transformer_beside_a_byte_level_llama():
     pair = ContrastiveDecoder.create(expert, amateur, beta=0.25)
     texts = jax.random.randint(jax.random.key(2), (2, 2, 6), 4, 260)
     rows = PROMPTS[:2] + 4, LENGTHS[:2], texts, jnp.asarray([[6, 2], [4, 5]])
-    e, a = (score_continuations(decoder, *rows).token_scores for decoder in (expert, amateur))
-    out = cd.contrastive_scores(pair, *rows)
-    np.testing.assert_allclose(out.token_scores, 1.25 * e - 0.25 * a, atol=1e-4)
+    of_expert = cd.contrastive_scores(pair.replace(beta=0.0), *rows).token_scores
+    of_amateur = score_continuations(amateur, *rows).token_scores
+    both = cd.contrastive_scores(pair, *rows).token_scores
+    np.testing.assert_allclose(both, 1.25 * of_expert - 0.25 * of_amateur, atol=1e-4)
+    assert float(jnp.abs(both - of_expert).max()) > 0.01
 
 
 def test_masked_tokens_never_enter_a_beam():
