@@ -41,7 +41,8 @@ def beam_search(
 ) -> Beams:
     """Keeps `num_beams` unfinished and as many finished continuations of every prompt.
 
-    One finishes where a stop id makes it one of the `num_beams` best of its step. Scores are sums of log-probabilities; normalize: False sums the decoder's output as it is
+    One finishes where a stop id makes it one of the `num_beams` best of its step. Scores are sums
+    of log-probabilities; normalize: False sums the decoder's output as it is
     (`contrastive_decoding`). A row ends early when no continuation can still become better.
     length_penalty: above 0 favours long ones, 0 compares sums. Raises ValueError for settings
     below their least value, rows beyond the capacity, and as Decoder.prefill does.

@@ -22,8 +22,10 @@ Axes: B batch, T prompt, C continuations, M new tokens, V vocabulary.
 
 Departures: Li et al.'s code preselects beam candidates by the expert alone, and uses no mask in
 greedy mode; here every search ranks by the contrastive score, masked as their paper says. An
-n-gram amateur is any `Decoder` whose step reads a table. Where a stored text of the paper prints
-the cutoff with 1/alpha, its code and proof have alpha, as here.
+n-gram amateur is any `Decoder` whose step reads a table. LLaMA's norm by the likelihood of an
+answer without its question is left to the caller: it is another call of `score_continuations`.
+Where a stored text of the paper prints the cutoff with 1/alpha, its code and proof have alpha, as
+here. The small-scale result of the paper's claims is not measured yet.
 """
 
 import collections
@@ -110,12 +112,16 @@ def contrastive_logits(
 
 
 def _check_numbers(alpha, beta, amateur_temperature):
-    known = lambda value: not isinstance(value, jax.core.Tracer)  # noqa: E731
-    if known(alpha) and not 0 <= alpha <= 1:
+    """Checks the numbers that are known, that is not traced."""
+    alpha, beta, amateur_temperature = (
+        None if isinstance(number, jax.core.Tracer) else number
+        for number in (alpha, beta, amateur_temperature)
+    )
+    if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: must be 0..1 (0: no mask)")
-    if known(beta) and not 0 <= beta < float("inf"):
+    if beta is not None and not 0 <= beta < float("inf"):
         raise ValueError(f"beta={beta}: must be >= 0")
-    if known(amateur_temperature) and not 0 < amateur_temperature < float("inf"):
+    if amateur_temperature is not None and not 0 < amateur_temperature < float("inf"):
         raise ValueError(f"amateur_temperature={amateur_temperature}: must be above 0")
 
 
