@@ -110,6 +110,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_integer("top_k", 0, "most probable tokens kept, 0 all", flag_values=values)
     number("top_p", 1.0, "probability that is kept", flag_values=values)
     number("min_p", 0.0, "least share of the highest probability", flag_values=values)
+    number("repetition_penalty", 1.0, "of ids already in the text, 1 none", flag_values=values)
     new_help = "bytes at most per sample (tokens, for a model that has a tokenizer)"
     flags.DEFINE_integer("max_new_bytes", 256, new_help, 1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the random draws", flag_values=values)
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         from blt_jax.decoding.generator import Generator, format_statistics
         from blt_jax.decoding.sampling import SamplingConfig
 
-        names = ("temperature", "top_k", "top_p", "min_p")
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         sampling = SamplingConfig(**{name: values[name].value for name in names})
     except (ValueError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)

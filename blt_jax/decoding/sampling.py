@@ -9,26 +9,41 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from blt_jax.decoding.decoder import Decoder
+from blt_jax.decoding.logits import (
+    AllowedIds,
+    LogitsProcessor,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    process_logits,
+    tokens_seen,
+)
 from blt_jax.layers.step import check_prompts, check_room
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class SamplingConfig:
-    """How the next token is drawn; filters apply in the order of the fields.
+    """How the next token is drawn: a composition of `decoding.logits`, in the order
+    repetition_penalty, allowed_ids, temperature, top_k, top_p, min_p.
 
     temperature: divides the logits, 0 is greedy. top_k: only the k most probable tokens, 0 all.
     top_p: only the smallest set of most probable tokens that holds this probability, 1 all.
-    min_p: only tokens with at least this share of the highest probability, 0 all. Tokens that tie
-    with the last one kept are kept too.
+    min_p: only tokens with at least this share of the highest probability, 0 all.
+    repetition_penalty: of tokens that the prompt or the continuation holds, 1 none.
+    allowed_ids: only these tokens, () all. Tokens that tie with the last one kept are kept too.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    allowed_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -39,40 +54,51 @@ class SamplingConfig:
             raise ValueError(f"SamplingConfig.top_p={self.top_p}: must be above 0 and <= 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"SamplingConfig.min_p={self.min_p}: must be 0..1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"SamplingConfig.repetition_penalty={self.repetition_penalty}: must be above 0"
+            )
+
+    def processors(self, vocab_size: int) -> tuple[LogitsProcessor, ...]:
+        """The processors of the settings that change something; none after the temperature
+        when greedy, because they keep the argmax.
+
+        Raises ValueError for allowed_ids outside the vocabulary.
+        """
+        found: list[LogitsProcessor] = []
+        if self.repetition_penalty != 1:
+            found.append(RepetitionPenalty(self.repetition_penalty))
+        if self.allowed_ids:
+            found.append(AllowedIds.create(self.allowed_ids, vocab_size))
+        if self.temperature == 0:
+            return tuple(found)
+        found.append(Temperature(self.temperature))
+        if self.top_k:
+            found.append(TopK(self.top_k))
+        if self.top_p < 1:
+            found.append(TopP(self.top_p))
+        if self.min_p:
+            found.append(MinP(self.min_p))
+        return tuple(found)
 
 
-def filter_logits(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """Logits over temperature, -inf where a filter excludes the token; temperature must be > 0."""
-    if config.temperature == 0:
-        raise ValueError("filter_logits: temperature=0 is greedy, nothing is drawn")
-    logits = logits.astype(jnp.float32) / config.temperature
-    if 0 < config.top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if config.top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        p = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(p, axis=-1) - p
-        smallest = jnp.min(
-            jnp.where(before < config.top_p, descending, jnp.inf), axis=-1, keepdims=True
-        )
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if config.min_p > 0:
-        p = jax.nn.softmax(logits, axis=-1)
-        highest = jnp.max(p, axis=-1, keepdims=True)
-        logits = jnp.where(p < config.min_p * highest, -jnp.inf, logits)
-    return logits
+def sample(
+    logits: Float[Array, "B V"],
+    key: jax.Array,
+    config: SamplingConfig,
+    seen: Bool[Array, "B V"] | None = None,
+) -> Int[Array, " B"]:
+    """One token id per row. key: one key, or one per row [B]; unused when greedy.
 
-
-def sample(logits: Float[Array, "B V"], key: jax.Array, config: SamplingConfig) -> Int[Array, " B"]:
-    """One token id per row. key: one key, or one per row [B]; unused when greedy."""
+    seen: ids that each row holds, needed by a repetition penalty.
+    """
+    logits = process_logits(config.processors(logits.shape[-1]), logits, seen)
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = key if key.ndim else row_keys(key, logits.shape[0])
     if keys.shape != logits.shape[:1]:
         raise ValueError(f"key has shape {keys.shape}: must be () or {logits.shape[:1]}")
-    draw = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, config))
-    return draw.astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def row_keys(key: jax.Array, num_rows: int) -> jax.Array:
@@ -101,16 +127,18 @@ def generate(
     max_new_tokens: int = 256,
     stop_ids: tuple[int, ...] = (),
     key: jax.Array | None = None,
+    processors: tuple[LogitsProcessor, ...] = (),
 ) -> Generation:
     """Continues right-padded prompts until a stop id or max_new_tokens, in one compiled program.
 
     Rows are independent: a row gives the same tokens alone as in a batch when it has the same
     key. key: one key (folded with the row number) or one per row [B]; each token folds in its
-    step. The last token is not read by the model. Raises ValueError when prompts and new tokens
+    step. The last token is not read by the model. processors: applied before those of the config;
+    their numbers may change without a new compile. Raises ValueError when prompts and new tokens
     exceed the capacity, and as Decoder.prefill does.
     """
     arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
-    return _generate(decoder, *arguments)
+    return _generate(decoder, *arguments, processors)
 
 
 def compile_generation(
@@ -121,14 +149,15 @@ def compile_generation(
     max_new_tokens: int = 256,
     stop_ids: tuple[int, ...] = (),
     key: jax.Array | None = None,
+    processors: tuple[LogitsProcessor, ...] = (),
 ) -> Callable[..., Generation]:
     """`generate` compiled for these shapes and settings: a function of (tokens, lengths, key)."""
     arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
-    compiled = _generate.lower(decoder, *arguments).compile()
+    compiled = _generate.lower(decoder, *arguments, processors).compile()
 
     def run(tokens, lengths, key=None) -> Generation:
         checked = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
-        return compiled(decoder, *checked[:3])
+        return compiled(decoder, *checked[:3], processors)
 
     return run
 
@@ -141,6 +170,7 @@ def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key):
     for stop in stop_ids:
         if not 0 <= stop < decoder.vocab_size:
             raise ValueError(f"stop_ids={stop_ids}: must be 0..{decoder.vocab_size - 1}")
+    config.processors(decoder.vocab_size)
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     check_prompts(tokens, lengths, decoder.capacity, decoder.vocab_size)
     check_room(lengths, max_new_tokens, decoder.capacity)
@@ -155,36 +185,40 @@ def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key):
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _generate(decoder, tokens, lengths, keys, config, max_new_tokens, stop_ids):
+def _generate(decoder, tokens, lengths, keys, config, max_new_tokens, stop_ids, processors):
+    B, V = tokens.shape[0], decoder.vocab_size
+    every = (*processors, *config.processors(V))
+    seen = tokens_seen(tokens, lengths, V) if any(p.needs_seen for p in every) else None
     decoder = decoder.prepare()
     logits, cache = decoder.prefill(tokens, lengths)
     before = cache.counters()
 
-    def choose(logits, index, active):
-        step_keys = keys
+    def choose(logits, index, active, seen):
+        logits, step_keys = process_logits(processors, logits, seen), keys
         if config.temperature > 0:
             step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-        token = sample(logits, step_keys, config)
+        token = sample(logits, step_keys, config, seen)
         stops = jnp.zeros(active.shape, bool)
         for stop in stop_ids:
             stops |= token == stop
-        return jnp.where(active, token, 0), stops & active
+        if seen is not None:
+            seen = seen.at[jnp.arange(B), jnp.where(active, token, V)].set(True, mode="drop")
+        return jnp.where(active, token, 0), stops & active, seen
 
     def body(state):
-        index, token, active, finished, result, counts, cache = state
+        index, token, active, finished, result, counts, seen, cache = state
         logits, cache = decoder.step(token, cache, active)
-        token, stops = choose(logits, index, active)
+        token, stops, seen = choose(logits, index, active, seen)
         result = result.at[:, index].set(token)
         counts += active.astype(jnp.int32)
-        return index + 1, token, active & ~stops, finished | stops, result, counts, cache
+        return index + 1, token, active & ~stops, finished | stops, result, counts, seen, cache
 
-    B = tokens.shape[0]
     active = jnp.ones((B,), bool)
-    token, stops = choose(logits, jnp.int32(0), active)
+    token, stops, seen = choose(logits, jnp.int32(0), active, seen)
     result = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(token)
     counts = jnp.ones((B,), jnp.int32)
-    state = (jnp.int32(1), token, ~stops, stops, result, counts, cache)
+    state = (jnp.int32(1), token, ~stops, stops, result, counts, seen, cache)
     state = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & jnp.any(s[2]), body, state)
-    _, _, _, finished, result, counts, cache = state
+    _, _, _, finished, result, counts, _, cache = state
     stats = {name: value - before[name] for name, value in cache.counters().items()}
     return Generation(tokens=result, lengths=counts, finished=finished, stats=stats, cache=cache)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from blt_jax.decoding.decoder import TransformerDecoder
-from blt_jax.decoding.sampling import SamplingConfig, filter_logits, generate, row_keys, sample
+from blt_jax.decoding.logits import RepetitionPenalty, Temperature, process_logits
+from blt_jax.decoding.sampling import (
+    SamplingConfig,
+    _generate,
+    compile_generation,
+    generate,
+    row_keys,
+    sample,
+)
 from blt_jax.dist.sharding import init_params
 from blt_jax.models import llama3
 
@@ -16,6 +24,10 @@ LOGITS = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
 def softmax(x):
     p = np.exp(x - x.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
+
+
+def filter_logits(logits, config):
+    return process_logits(config.processors(logits.shape[-1]), jnp.asarray(logits))
 
 
 def kept_by_numpy(logits, config):
@@ -49,7 +61,7 @@ def kept_by_numpy(logits, config):
 )
 def test_filters_against_numpy(fields):
     config = SamplingConfig(**fields)
-    filtered = np.asarray(filter_logits(jnp.asarray(LOGITS), config))
+    filtered = np.asarray(filter_logits(LOGITS, config))
     kept = [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in filtered]
     assert kept == kept_by_numpy(LOGITS, config)
     expected = LOGITS / config.temperature
@@ -68,7 +80,7 @@ def test_draws_follow_the_distribution():
     config = SamplingConfig(temperature=1.3, top_k=6, top_p=0.9)
     logits = jnp.broadcast_to(jnp.asarray(LOGITS[0]), (20_000, 50))
     ids = np.asarray(sample(logits, jax.random.key(0), config))
-    expected = softmax(np.asarray(filter_logits(jnp.asarray(LOGITS[:1]), config))[0])
+    expected = softmax(np.asarray(filter_logits(LOGITS[:1], config))[0])
     observed = np.bincount(ids, minlength=50) / len(ids)
     np.testing.assert_allclose(observed, expected, atol=0.015)
 
@@ -96,6 +108,7 @@ def test_rows_draw_by_their_own_keys():
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
     ],
 )
 def test_bad_settings(fields, message):
@@ -153,6 +166,46 @@ def test_loop_ends_when_all_rows_are_finished(decoder):
     assert int(out.stats["tokens"][0]) == 0
 
 
+def test_penalty_and_allowed_ids_follow_the_full_pass(decoder):
+    """By hand: the logits of the whole text so far, penalised for its own tokens."""
+    allowed = (3, 8, 21, 22, 40, 41)
+    config = SamplingConfig(temperature=0.0, repetition_penalty=1.7, allowed_ids=allowed)
+    out = generate(decoder, PROMPTS, LENGTHS, config, max_new_tokens=8)
+    forward = jax.jit(lambda tokens: decoder.model.apply({"params": decoder.params}, tokens).logits)
+    for row, length in enumerate(LENGTHS.tolist()):
+        text = np.concatenate([PROMPTS[row, :length], out.tokens[row]])
+        logits = np.asarray(forward(jnp.asarray(text)[None])[0])
+        for index, token in enumerate(out.tokens[row].tolist()):
+            scores = logits[length + index - 1].copy()
+            held = np.unique(text[: length + index])
+            scores[held] = np.where(scores[held] < 0, scores[held] * 1.7, scores[held] / 1.7)
+            assert token == max(allowed, key=lambda i, scores=scores: scores[i])
+
+
+def test_numbers_of_processors_change_without_a_compile(decoder):
+    greedy = SamplingConfig(temperature=0.0)
+    before = _generate._cache_size()
+    texts = [
+        generate(decoder, PROMPTS, LENGTHS, greedy, 8, processors=(RepetitionPenalty(penalty),))
+        for penalty in (1.0, 1.5, 1e6)
+    ]
+    assert _generate._cache_size() == before + 1
+    plain = generate(decoder, PROMPTS, LENGTHS, greedy, 8)
+    np.testing.assert_array_equal(texts[0].tokens, plain.tokens)
+    for row, length in enumerate(LENGTHS.tolist()):  # so large a penalty forbids repetition
+        ids = [*PROMPTS[row, :length].tolist(), *texts[2].tokens[row].tolist()]
+        assert len(set(ids)) == len(ids)
+
+
+def test_processors_come_before_those_of_the_config(decoder):
+    key = jax.random.key(0)
+    arguments = (decoder, PROMPTS, LENGTHS)
+    cold = generate(*arguments, SamplingConfig(temperature=0.5), 6, key=key)
+    halves = (Temperature(0.25), Temperature(2.0))
+    run = compile_generation(*arguments, SamplingConfig(), 6, key=key, processors=halves)
+    np.testing.assert_array_equal(run(PROMPTS, LENGTHS, key).tokens, cold.tokens)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -165,6 +218,7 @@ def test_loop_ends_when_all_rows_are_finished(decoder):
         ({"tokens": PROMPTS[:, :0]}, "tokens is empty"),
         ({"key": jax.random.split(jax.random.key(0), 2)}, "key has shape"),
         ({"config": SamplingConfig()}, "key=None"),
+        ({"config": SamplingConfig(temperature=0.0, allowed_ids=(3, 50))}, "allowed_ids=.*0..49"),
     ],
 )
 def test_bad_requests(decoder, change, message):

@@ -1,0 +1,331 @@
+"""Contrastive Decoding Improves Reasoning in Large Language Models (arXiv 2309.09117).
+
+A training-free rule: the next token is one that a strong model, the expert, prefers more than a
+weak one with the same tokenizer, the amateur, among the tokens that the expert itself finds
+plausible. Li et al. (arXiv 2210.15097) introduced it as a difference of log-probabilities with
+beam search; O'Brien and Lewis restate it in logits with a strength beta that does not depend on
+the sampling temperature, and use it for chain-of-thought answers and for ranking. It is not
+contrastive search, which penalises repetition within one model.
+
+Axes: B batch, T prompt, C continuations, M new tokens, V vocabulary.
+
+| paper | here |
+|---|---|
+| plausibility mask, alpha | `plausible` |
+| logit form, beta; Li et al.'s form | `contrastive_logits`, `Form` |
+| two models side by side | `ContrastiveDecoder`: greedy and sampling by `sampling.generate` |
+| amateur: smaller model, earlier checkpoint | any other `Decoder` |
+| amateur: shortened context; negative prompt | `amateur_context`; `amateur_prompt` |
+| beam search (Li et al.) | `contrastive_beam_search` |
+| ranking of given answers | `contrastive_scores` |
+| self-consistency, copying | `majority_vote`, `copy_rate` |
+
+Departures: Li et al.'s code preselects beam candidates by the expert alone, and uses no mask in
+greedy mode; here every search ranks by the contrastive score, masked as their paper says. An
+n-gram amateur is any `Decoder` whose step reads a table. LLaMA's norm by the likelihood of an
+answer without its question is left to the caller: it is another call of `score_continuations`.
+Where a stored text of the paper prints the cutoff with 1/alpha, its code and proof have alpha, as
+here. The small-scale result of the paper's claims is not measured yet.
+"""
+
+import collections
+import enum
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from blt_jax.decoding.beam_search import Beams, beam_search
+from blt_jax.decoding.decoder import Decoder
+from blt_jax.decoding.scoring import ContinuationScores, score_continuations
+
+# An amateur that excludes a token has a very low logit for it, since an infinite one gives NaN.
+LOWEST_LOGIT = -1e9
+
+
+class Form(enum.Enum):
+    """What is subtracted from what, for expert e and amateur a (over its temperature).
+
+    LOGITS: (1 + beta) e - beta a. LOG_PROBABILITIES: the same of log-softmax(e) and
+    log-softmax(a); equal to LOGITS within one position, and comparable between positions.
+    DIFFERENCE: log-softmax(e) - beta log-softmax(a), of Li et al., whose beta is 1.
+    """
+
+    LOGITS = "logits"
+    LOG_PROBABILITIES = "log_probabilities"
+    DIFFERENCE = "difference"
+
+
+class Masked(enum.Enum):
+    """Scores of implausible tokens: EXCLUDED gives -inf, LOWEST the least one of the others."""
+
+    EXCLUDED = "excluded"
+    LOWEST = "lowest"
+
+
+# ------------------------------------------------------------------------------- the rule
+
+
+def plausible(expert: Float[Array, "*B V"], alpha: Any) -> Bool[Array, "*B V"]:
+    """Tokens with at least `alpha` times the expert's highest probability (section 2).
+
+    alpha: 0 keeps every token that the expert does not exclude, 1 only its most probable one.
+    """
+    expert = expert.astype(jnp.float32)
+    cutoff = jnp.max(expert, axis=-1, keepdims=True) + jnp.log(jnp.asarray(alpha, jnp.float32))
+    return (expert >= cutoff) & (expert > -jnp.inf)
+
+
+def contrastive_logits(
+    expert: Float[Array, "*B V"],
+    amateur: Float[Array, "*B V"],
+    alpha: Any = 0.1,
+    beta: Any = 0.5,
+    form: Form = Form.LOGITS,
+    amateur_temperature: Any = 1.0,
+    masked: Masked = Masked.EXCLUDED,
+) -> Float[Array, "*B V"]:
+    """Float32 scores of the next token; argmax is greedy, softmax(scores / t) samples.
+
+    As a distribution: p_e (p_e / p_a) ** beta over the plausible tokens. The numbers may be
+    traced. Raises ValueError for alpha outside 0..1, beta < 0 or amateur_temperature <= 0.
+    """
+    _check_numbers(alpha, beta, amateur_temperature)
+    keep = plausible(expert, alpha)
+    e = jnp.where(keep, expert.astype(jnp.float32), LOWEST_LOGIT)
+    a = jnp.maximum(amateur.astype(jnp.float32) / amateur_temperature, LOWEST_LOGIT)
+    if form is not Form.LOGITS:
+        e = jax.nn.log_softmax(expert.astype(jnp.float32), axis=-1)
+        e = jnp.where(keep, e, LOWEST_LOGIT)
+        a = jax.nn.log_softmax(a, axis=-1)
+    weight = 1.0 if form is Form.DIFFERENCE else 1.0 + beta
+    scores = weight * e - beta * a
+    floor = -jnp.inf
+    if masked is Masked.LOWEST:
+        floor = jnp.min(jnp.where(keep, scores, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(keep, scores, floor)
+
+
+def _check_numbers(alpha, beta, amateur_temperature):
+    """Checks the numbers that are known, that is not traced."""
+    alpha, beta, amateur_temperature = (
+        None if isinstance(number, jax.core.Tracer) else number
+        for number in (alpha, beta, amateur_temperature)
+    )
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha}: must be 0..1 (0: no mask)")
+    if beta is not None and not 0 <= beta < float("inf"):
+        raise ValueError(f"beta={beta}: must be >= 0")
+    if amateur_temperature is not None and not 0 < amateur_temperature < float("inf"):
+        raise ValueError(f"amateur_temperature={amateur_temperature}: must be above 0")
+
+
+# ------------------------------------------------------------------- two models in step
+
+
+@flax.struct.dataclass
+class ContrastiveCache:
+    """The caches of both models."""
+
+    expert: Any
+    amateur: Any
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [B]: tokens that the expert read."""
+        return self.expert.lengths
+
+    def take_rows(self, indices) -> "ContrastiveCache":
+        """The cache of rows `indices` [B']."""
+        return ContrastiveCache(self.expert.take_rows(indices), self.amateur.take_rows(indices))
+
+    def counters(self) -> dict[str, jax.Array]:
+        """Those of the expert."""
+        return self.expert.counters()
+
+
+@flax.struct.dataclass
+class ContrastiveDecoder:
+    """Expert and amateur as one Decoder; make it with `create`, which checks the parts.
+
+    alpha, beta, amateur_temperature, form, masked: of `contrastive_logits`; the numbers may change
+    without a new compile. amateur_context: prompt tokens, the last ones, that the amateur reads,
+    0 all (Li et al.: 1). amateur_prompt: (tokens [B, T'], lengths [B]) that it reads instead.
+    A repetition penalty, and allowed ids that could be implausible, belong to the expert alone:
+    make it a `logits.ProcessedDecoder`.
+    """
+
+    expert: Decoder
+    amateur: Decoder
+    vocab_size: int = flax.struct.field(pytree_node=False)
+    alpha: Any = 0.1
+    beta: Any = 0.5
+    amateur_temperature: Any = 1.0
+    form: Form = flax.struct.field(pytree_node=False, default=Form.LOGITS)
+    masked: Masked = flax.struct.field(pytree_node=False, default=Masked.EXCLUDED)
+    amateur_context: int = flax.struct.field(pytree_node=False, default=0)
+    amateur_prompt: Any = None
+
+    @classmethod
+    def create(
+        cls, expert: Decoder, amateur: Decoder, vocab_size: int = 0, **settings: Any
+    ) -> "ContrastiveDecoder":
+        """vocab_size: ids that both tokenizers have, where a model pads its vocabulary; 0: all.
+
+        Raises ValueError for different vocabularies, an amateur with too little capacity, and
+        settings out of range. See `check_tokenizers`.
+        """
+        sizes = expert.vocab_size, amateur.vocab_size
+        if not vocab_size and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"expert and amateur have vocab_size={sizes[0]} and {sizes[1]}: must be equal; "
+                "give vocab_size if one of them is padded"
+            )
+        if not 0 <= vocab_size <= min(sizes):
+            raise ValueError(f"vocab_size={vocab_size}: must be 0..{min(sizes)}")
+        decoder = cls(expert, amateur, vocab_size or sizes[0], **settings)
+        _check_numbers(decoder.alpha, decoder.beta, decoder.amateur_temperature)
+        if decoder.beta > 2:
+            warnings.warn(f"beta={decoder.beta} is strong: 0.5 is usual", stacklevel=2)
+        if decoder.amateur_context < 0:
+            raise ValueError(f"amateur_context={decoder.amateur_context}: must be >= 0")
+        needed = expert.capacity
+        if decoder.amateur_prompt is not None:
+            if decoder.amateur_context:
+                raise ValueError("amateur_context and amateur_prompt: give one of them")
+            needed += decoder.amateur_prompt[0].shape[1] - 1
+        if amateur.capacity < needed:
+            raise ValueError(
+                f"the amateur has capacity={amateur.capacity}: must be >= {needed}; a shorter "
+                "sight needs a model with a window"
+            )
+        return decoder
+
+    @property
+    def capacity(self) -> int:
+        return self.expert.capacity
+
+    def prepare(self) -> "ContrastiveDecoder":
+        return self.replace(expert=self.expert.prepare(), amateur=self.amateur.prepare())
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], ContrastiveCache]:
+        """As Decoder.prefill, of both models; the logits are those of `contrastive_logits`."""
+        with jax.named_scope("expert"):
+            expert, expert_cache = self.expert.prefill(tokens, lengths)
+        with jax.named_scope("amateur"):
+            prompts = self._amateur_prompts(tokens, lengths)
+            amateur, amateur_cache = self.amateur.prefill(*prompts)
+        return self._combine(expert, amateur), ContrastiveCache(expert_cache, amateur_cache)
+
+    def step(
+        self,
+        tokens: Int[Array, " B"],
+        cache: ContrastiveCache,
+        active: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], ContrastiveCache]:
+        """As Decoder.step, of both models."""
+        with jax.named_scope("expert"):
+            expert, expert_cache = self.expert.step(tokens, cache.expert, active)
+        with jax.named_scope("amateur"):
+            amateur, amateur_cache = self.amateur.step(tokens, cache.amateur, active)
+        return self._combine(expert, amateur), ContrastiveCache(expert_cache, amateur_cache)
+
+    def _amateur_prompts(self, tokens, lengths):
+        if self.amateur_prompt is not None:
+            prompt, prompt_lengths = self.amateur_prompt
+            if prompt.shape[0] != tokens.shape[0]:
+                raise ValueError(
+                    f"amateur_prompt has {prompt.shape[0]} rows: must be {tokens.shape[0]}"
+                )
+            return prompt, prompt_lengths
+        if not 0 < self.amateur_context < tokens.shape[1]:
+            return tokens, lengths
+        first = jnp.maximum(lengths - self.amateur_context, 0)[:, None]
+        index = first + jnp.arange(self.amateur_context, dtype=lengths.dtype)[None, :]
+        shortened = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
+        return shortened, jnp.minimum(lengths, self.amateur_context)
+
+    def _combine(self, expert, amateur):
+        V = self.vocab_size
+        numbers = (self.alpha, self.beta, self.form, self.amateur_temperature, self.masked)
+        with jax.named_scope("contrast"):
+            return contrastive_logits(expert[:, :V], amateur[:, :V], *numbers)
+
+
+def check_tokenizers(expert: Any, amateur: Any) -> None:
+    """Raises ValueError unless two tokenizers have the same ids, bytes of ids and special ids."""
+    for name in ("vocab_size", "bos_id", "eos_id", "stop_ids"):
+        pair = getattr(expert, name), getattr(amateur, name)
+        if pair[0] != pair[1]:
+            raise ValueError(f"the tokenizers have {name}={pair[0]} and {pair[1]}: must be equal")
+    for number in range(expert.vocab_size):
+        pair = expert.decode([number]), amateur.decode([number])
+        if pair[0] != pair[1]:
+            raise ValueError(f"id {number} is {pair[0]!r} and {pair[1]!r} for the tokenizers")
+
+
+# ---------------------------------------------------------------------- search and ranking
+
+
+def contrastive_beam_search(
+    decoder: ContrastiveDecoder,
+    tokens: Shaped[Array | np.ndarray, "B T"],
+    lengths: Shaped[Array | np.ndarray, " B"],
+    num_beams: int,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...] = (),
+    length_penalty: float = 0.0,
+) -> Beams:
+    """`beam_search` by the sum of contrastive scores (Li et al.); raises as it does.
+
+    Form LOGITS is replaced by LOG_PROBABILITIES, because logits of different positions do not
+    compare.
+    """
+    settings = (num_beams, max_new_tokens, stop_ids, length_penalty)
+    return beam_search(_comparable(decoder), tokens, lengths, *settings, normalize=False)
+
+
+def contrastive_scores(
+    decoder: ContrastiveDecoder,
+    tokens: Shaped[Array | np.ndarray, "B T"],
+    lengths: Shaped[Array | np.ndarray, " B"],
+    continuations: Shaped[Array | np.ndarray, "B C M"],
+    continuation_lengths: Shaped[Array | np.ndarray, "B C"],
+) -> ContinuationScores:
+    """Sums of contrastive log-probabilities of given continuations, for `scoring.rank`.
+
+    Tokens are not masked unless `masked` is LOWEST: an implausible token would give -inf.
+    Raises as `score_continuations` does.
+    """
+    decoder = _comparable(decoder)
+    if decoder.masked is Masked.EXCLUDED:
+        decoder = decoder.replace(alpha=0.0)
+    rows = (tokens, lengths, continuations, continuation_lengths)
+    return score_continuations(decoder, *rows, normalize=False)
+
+
+def _comparable(decoder: ContrastiveDecoder) -> ContrastiveDecoder:
+    logits = decoder.form is Form.LOGITS
+    return decoder.replace(form=Form.LOG_PROBABILITIES) if logits else decoder
+
+
+# ------------------------------------------------------------------------------ evaluation
+
+
+def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
+    """The most frequent answer, the earliest of equally frequent ones; None counts as no answer."""
+    counts = collections.Counter(answer for answer in answers if answer is not None)
+    return max(counts, key=counts.__getitem__, default=None)
+
+
+def copy_rate(prompt: Sequence[Hashable], output: Sequence[Hashable]) -> float:
+    """Share of the output's items (tokens, numbers) that the prompt holds; 0 for no output."""
+    held = set(prompt)
+    return sum(item in held for item in output) / max(len(output), 1)

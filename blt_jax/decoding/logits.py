@@ -1,0 +1,211 @@
+"""Logits processors: what happens to logits before a token is chosen, composed in order.
+
+Each is a pytree, so its numbers may be arrays that change without a new compile (TopK.k may not).
+The order of the classes is the order in which `SamplingConfig` applies them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from blt_jax.decoding.decoder import Decoder
+
+
+@runtime_checkable
+class LogitsProcessor(Protocol):
+    """A function of float32 logits [B, V] and `seen` bool [B, V]: the tokens of the row so far.
+
+    needs_seen: whether it reads `seen`, which is None otherwise. Excluded tokens become -inf.
+    """
+
+    needs_seen: bool
+
+    def __call__(self, logits: jax.Array, seen: jax.Array | None) -> jax.Array:
+        """The new logits [B, V]."""
+
+
+def process_logits(
+    processors: Sequence[LogitsProcessor],
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"] | None = None,
+) -> Float[Array, "B V"]:
+    """Float32 logits after all processors, in order.
+
+    Raises ValueError if one of them needs `seen` and it is None.
+    """
+    logits = logits.astype(jnp.float32)
+    for processor in processors:
+        if processor.needs_seen and seen is None:
+            raise ValueError(f"seen=None: {type(processor).__name__} needs the tokens of the rows")
+        logits = processor(logits, seen)
+    return logits
+
+
+def tokens_seen(
+    tokens: Int[Array, "B T"], lengths: Int[Array, " B"], vocab_size: int
+) -> Bool[Array, "B V"]:
+    """Which ids right-padded rows hold."""
+    B, T = tokens.shape
+    real_BT = jnp.arange(T)[None, :] < lengths[:, None]
+    ids_BT = jnp.where(real_BT, tokens, vocab_size)
+    row_B1 = jnp.arange(B)[:, None]
+    return jnp.zeros((B, vocab_size), bool).at[row_B1, ids_BT].set(True, mode="drop")
+
+
+@flax.struct.dataclass
+class RepetitionPenalty:
+    """Divides positive logits of tokens that the row holds, and multiplies negative ones, by
+    `penalty` (arXiv 1909.05858, section 4.1); 1 changes nothing, above 1 discourages."""
+
+    penalty: Any
+    needs_seen = True
+
+    def __call__(self, logits, seen):
+        penalized = jnp.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        return jnp.where(seen, penalized, logits)
+
+
+@flax.struct.dataclass
+class AllowedIds:
+    """Keeps the tokens where `allowed` bool [V] holds."""
+
+    allowed: Any
+    needs_seen = False
+
+    @classmethod
+    def create(cls, ids: tuple[int, ...], vocab_size: int) -> "AllowedIds":
+        """From the ids. Raises ValueError for none, or for one outside the vocabulary."""
+        if not ids:
+            raise ValueError("allowed_ids is empty: at least one token must be allowed")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            raise ValueError(f"allowed_ids={ids}: must be 0..{vocab_size - 1}")
+        allowed = np.zeros((vocab_size,), bool)
+        allowed[list(ids)] = True
+        return cls(jnp.asarray(allowed))
+
+    def __call__(self, logits, seen):
+        return jnp.where(self.allowed[None, :], logits, -jnp.inf)
+
+
+@flax.struct.dataclass
+class Temperature:
+    """Divides the logits by `temperature` > 0."""
+
+    temperature: Any
+    needs_seen = False
+
+    def __call__(self, logits, seen):
+        return logits / self.temperature
+
+
+@flax.struct.dataclass
+class TopK:
+    """Keeps the k most probable tokens, and those that tie with the last of them."""
+
+    k: int = flax.struct.field(pytree_node=False)
+    needs_seen = False
+
+    def __call__(self, logits, seen):
+        if self.k >= logits.shape[-1]:
+            return logits
+        smallest = jax.lax.top_k(logits, self.k)[0][:, -1:]
+        return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+@flax.struct.dataclass
+class TopP:
+    """Keeps the smallest set of most probable tokens that holds probability p, and ties."""
+
+    p: Any
+    needs_seen = False
+
+    def __call__(self, logits, seen):
+        descending = -jnp.sort(-logits, axis=-1)
+        probability = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        kept = jnp.where(before < self.p, descending, jnp.inf)
+        return jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
+
+
+@flax.struct.dataclass
+class MinP:
+    """Keeps the tokens with at least `share` of the highest probability."""
+
+    share: Any
+    needs_seen = False
+
+    def __call__(self, logits, seen):
+        probability = jax.nn.softmax(logits, axis=-1)
+        highest = jnp.max(probability, axis=-1, keepdims=True)
+        return jnp.where(probability < self.share * highest, -jnp.inf, logits)
+
+
+# -------------------------------------------------------------- processors inside a decoder
+
+
+@flax.struct.dataclass
+class ProcessedCache:
+    """The cache of a decoder, and the ids that each row holds (bool [B, V])."""
+
+    cache: Any
+    seen: Any
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [B]: tokens read."""
+        return self.cache.lengths
+
+    def take_rows(self, indices) -> "ProcessedCache":
+        """The cache of rows `indices` [B']."""
+        return ProcessedCache(self.cache.take_rows(indices), self.seen[indices])
+
+    def counters(self) -> dict[str, jax.Array]:
+        return self.cache.counters()
+
+
+@flax.struct.dataclass
+class ProcessedDecoder:
+    """A Decoder whose logits went through processors.
+
+    For what the sampler does not reach: beam search, scores of continuations, and one of the
+    models of a ContrastiveDecoder.
+    """
+
+    decoder: Decoder
+    processors: tuple[LogitsProcessor, ...]
+
+    @property
+    def capacity(self) -> int:
+        return self.decoder.capacity
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    def prepare(self) -> "ProcessedDecoder":
+        return self.replace(decoder=self.decoder.prepare())
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], ProcessedCache]:
+        """As Decoder.prefill."""
+        logits, cache = self.decoder.prefill(tokens, lengths)
+        seen = tokens_seen(tokens, lengths, self.vocab_size)
+        return process_logits(self.processors, logits, seen), ProcessedCache(cache, seen)
+
+    def step(
+        self,
+        tokens: Int[Array, " B"],
+        cache: ProcessedCache,
+        active: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], ProcessedCache]:
+        """As Decoder.step."""
+        logits, inner = self.decoder.step(tokens, cache.cache, active)
+        ids = tokens if active is None else jnp.where(active, tokens, self.vocab_size)
+        seen = cache.seen.at[jnp.arange(tokens.shape[0]), ids].set(True, mode="drop")
+        return process_logits(self.processors, logits, seen), ProcessedCache(inner, seen)
