@@ -81,7 +81,7 @@ def batch():
 @pytest.mark.parametrize(
     ("name", "meshes"),
     [
-        ("defaults", MESHES),
+        ("defaults", ["one device", "context"]),
         ("input, last, first, whole row", ["context"]),
         ("no cross-attention", ["context and tensor"]),
     ],
