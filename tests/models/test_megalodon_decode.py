@@ -102,7 +102,7 @@ def test_rows_of_different_lengths_extend_together():
     _, cache = jax.jit(MegalodonDecoder.prefill)(decoder, tokens[:, :10], lengths)
     rows = [tokens[row, n : n + 8] for row, n in enumerate(lengths.tolist())]
     logits, _ = extend_logits(decoder, jnp.stack(rows), cache)
-    expected = full_logits()[jnp.arange(3)[:, None], lengths[:, None] + jnp.arange(8)]
+    expected = full_logits()[jnp.arange(3)[:, None], lengths[:, None] + jnp.arange(8)[None]]
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
