@@ -76,7 +76,7 @@ def entropy_model(layers: int, width: int, steps: int, data: DataConfig) -> Pret
 
 
 def smoke() -> BLTPretraining:
-    """All three steps in a few seconds, too small to learn much (20 s)."""
+    """All three steps, too small to learn much (27 s, 13 s once its programs are compiled)."""
     data = rows(60_000, 128, 8)
     model = blt.BLTConfig(
         local_encoder=stack(1, 32, 2, window=32),
