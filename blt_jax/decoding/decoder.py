@@ -112,7 +112,7 @@ class TransformerDecoder:
             key_values.key, key_values.value, lengths, slots, key_values.key.dtype
         )
         last_B1D = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
-        return self._logits(last_B1D[:, 0]), TransformerCache(cache)
+        return self.model.token_logits(self.params, last_B1D[:, 0]), TransformerCache(cache)
 
     def step(
         self,
@@ -128,15 +128,11 @@ class TransformerDecoder:
         layers = self.prepare().weights
         x, key_values = step.transformer_step(self._stack, layers, x, cache.key_values, active)
         x = rms_norm(x, params["norm"]["weight"], self._stack.norm_eps)
-        return self._logits(x), TransformerCache(key_values)
+        return self.model.token_logits(self.params, x), TransformerCache(key_values)
 
     @property
     def _stack(self):
         return self.model.config.transformer
-
-    def _logits(self, x):
-        kernel = self.model.output_kernel(self.params).astype(x.dtype)
-        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
 
 
 def token_decoder(model: Model, params: dict[str, Any], capacity: int) -> Decoder:

@@ -81,6 +81,7 @@ def shard_by_names(
 ) -> Callable[..., Any]:
     """`function` run by every device on its parts of the arguments, as their logical names say.
 
+    in_names: per argument, of the leading axes of its arrays (an argument may be a pytree).
     out_names: a tuple of names per result (or a pytree of such). Inside, no array is divided any
     further, collectives name mesh axes (`axes_of`), and kernels may be called. Outside a mesh, and
     inside another such function, it is `function` itself.
@@ -93,16 +94,20 @@ def shard_by_names(
         if mesh.empty or mesh.size == 1 or mesh.manual_axes:
             return function(*arguments)
         in_specs = tuple(rules.spec(names) for names in in_names)
-        for x, names, spec in zip(arguments, in_names, in_specs, strict=True):
-            _check_divisible(x.shape, names, spec, dict(mesh.shape))
-        is_names = lambda node: isinstance(node, tuple) and not hasattr(node, "_fields")  # noqa: E731
-        out_specs = jax.tree.map(rules.spec, out_names, is_leaf=is_names)
+        for argument, names, spec in zip(arguments, in_names, in_specs, strict=True):
+            for x in jax.tree.leaves(argument):
+                _check_divisible(x.shape[: len(names)], names, spec, dict(mesh.shape))
+        out_specs = jax.tree.map(rules.spec, out_names, is_leaf=_is_names)
         # Kernels do not say over which axes their results vary, which the check would ask for.
         return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
             *arguments
         )
 
     return sharded
+
+
+def _is_names(node: Any) -> bool:
+    return isinstance(node, tuple) and all(x is None or isinstance(x, str) for x in node)
 
 
 def axes_of(name: str, rules: ShardingRules) -> tuple[str, ...]:

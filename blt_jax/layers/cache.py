@@ -46,15 +46,24 @@ class LayerCache:
 
         Of more tokens than slots the last stay, token p in slot p % slots.
         """
-        index_BS, filled_BS = _ring_index(first, end, slots)
+        index_BS, filled_BS = ring_index(first, end, slots)
         index_BS = jnp.clip(index_BS, 0, key.shape[1] - 1)
 
         def place(x):
             x = jnp.take_along_axis(x, index_BS[:, :, None, None], axis=1)
-            x = jnp.swapaxes(jnp.where(filled_BS[:, :, None, None], x, 0).astype(dtype), 1, 2)
-            return tuple(jnp.split(x, np.cumsum(chunk_sizes(slots))[:-1].tolist(), axis=2))
+            return jnp.where(filled_BS[:, :, None, None], x, 0)
 
-        return cls(key=place(key), value=place(value))
+        return cls.from_slots(place(key), place(value), dtype)
+
+    @classmethod
+    def from_slots(cls, key, value, dtype) -> "LayerCache":
+        """From what lies in the slots: key and value [B, S, G, K]."""
+        ends = np.cumsum(chunk_sizes(key.shape[1]))[:-1].tolist()
+
+        def chunks(x):
+            return tuple(jnp.split(jnp.swapaxes(x.astype(dtype), 1, 2), ends, axis=2))
+
+        return cls(key=chunks(key), value=chunks(value))
 
     @property
     def slots(self) -> int:
@@ -86,8 +95,9 @@ class LayerCache:
         return LayerCache(key=place(self.key, key), value=place(self.value, value))
 
 
-def _ring_index(first, end, slots):
-    """Row index [B, S] of the token in each slot, and whether there is one."""
+def ring_index(first, end, slots):
+    """Row index [B, S] of the token in each slot, and whether there is one; tokens first..end-1 of
+    each row are 0.. of the cache, and token p lies in slot p % slots."""
     slot_S = jnp.arange(slots, dtype=jnp.int32)[None, :]
     last_B1 = (end - first)[:, None] - 1
     position_BS = last_B1 - (last_B1 - slot_S) % slots

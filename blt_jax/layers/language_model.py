@@ -1,6 +1,7 @@
 """What next-token models share: the loss, in chunks where the logits are large."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from blt_jax.layers.embed import head_logits
@@ -54,3 +55,8 @@ class NextTokenModel(Model):
         if self.config.tied_embeddings:
             return params["embed"]["table"].T
         return params["head"]["kernel"]
+
+    def token_logits(self, params, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """float32 logits of hidden states, on one device: for decoding."""
+        kernel = self.output_kernel(params).astype(x.dtype)
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)

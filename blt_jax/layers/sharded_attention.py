@@ -5,6 +5,8 @@ before a device's tokens, sent by its neighbour; without a window every device g
 whole rows (as in Llama 3, arXiv 2407.21783, section 3.3.2: few kv heads make them cheap).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -33,34 +35,21 @@ def sharded_causal_attention(
     Raises ValueError if the window reaches farther than one piece, or sizes cannot be divided.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    devices = parts_of("length", sharding)
-    if devices > 1 or pieces > 1:
-        pieces, cut = (devices, False) if pieces == 1 else (pieces, True)
-        row_pieces.check_divisible(q.shape[1], pieces, devices)
-        size = q.shape[1] // pieces
-        if window > size:
-            if cut:
-                raise ValueError(
-                    f"attention window {window} is longer than a piece of {size} tokens: use "
-                    f"fewer than {pieces} pieces"
-                )
-            # A window over several devices reads the gathered keys.
-            return _on_mesh(_gathered(window, scale, sharding), q, k, v, segment_ids, sharding)
-        if window and (cut or devices > 1):
-            own = pieces // devices
-            return _on_mesh(
-                _windowed(window, scale, own, cut, sharding), q, k, v, segment_ids, sharding
-            )
-        if devices > 1:
-            return _on_mesh(_gathered(window, scale, sharding), q, k, v, segment_ids, sharding)
-
-    def local(q, k, v, segment_ids):
-        return causal_attention(q, k, v, segment_ids, window=window, scale=scale)
-
-    return _on_mesh(local, q, k, v, segment_ids, sharding)
-
-
-def _on_mesh(attend, q, k, v, segment_ids, sharding: ShardingRules):
+    devices, cut = parts_of("length", sharding), pieces > 1
+    pieces = pieces if cut else devices
+    row_pieces.check_divisible(q.shape[1], pieces, devices)
+    size = q.shape[1] // pieces
+    if cut and window > size:
+        raise ValueError(
+            f"attention window {window} is longer than a piece of {size} tokens: use fewer than "
+            f"{pieces} pieces"
+        )
+    if pieces > 1 and 0 < window <= size:
+        attend = _windowed(window, scale, pieces // devices, cut, sharding)
+    elif devices > 1:
+        attend = _gathered(window, scale, sharding)
+    else:
+        attend = functools.partial(causal_attention, window=window, scale=scale)
     k, v = (_divisible_heads(x, q.shape[2], sharding) for x in (k, v))
     names = ("batch", "length", "heads_act", None)
     run = shard_by_names(attend, (names, names, names, names[:2]), names, sharding)

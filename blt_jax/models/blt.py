@@ -202,19 +202,22 @@ class NgramEmbedding(nn.Module):
         config = self.config
         init = truncated_normal(self.d_model**-0.5)
         init = nn.with_logical_partitioning(init, ("ngram", None))
+        rows, reach, before = tokens, history, 0
+        if self.pieces > 1 and config.tables:
+            before = max(size for _, size in config.tables) - 1
+            rows = with_previous_tokens(tokens, segment_ids, self.pieces, before)
+            reach = jnp.pad(split(history, self.pieces), ((0, 0), (0, 0), (before, 0)))
+            rows, reach = (x.reshape(-1, x.shape[2]) for x in (rows, reach))
         for function, size in config.tables:
             shape = (config.vocab_size, self.d_model)
             table = self.param(f"f{function}_n{size}", init, shape, jnp.float32)
             table = constrain(table, ("ngram", None), self.sharding)
-            if self.pieces == 1:
-                ids = self._ids(tokens, history, function, size)
-            else:
-                ids = self._ids_of_pieces(tokens, history, segment_ids, function, size)
+            ids = self._ids(rows, reach, function, size)[:, before:].reshape(tokens.shape)
             # One gather per table: one gather from a stacked table is several times slower.
-            rows = jnp.take(table, ids, axis=0).astype(x.dtype)
+            found = jnp.take(table, ids, axis=0).astype(x.dtype)
             if config.start is NgramStart.SKIP:
-                rows = jnp.where((history >= size - 1)[..., None], rows, 0)
-            x = x + rows
+                found = jnp.where((history >= size - 1)[..., None], found, 0)
+            x = x + found
         if config.normalize and config.tables:
             x = x * (1.0 / (len(config.tables) + 1))
         return constrain(x, ("batch", "length", "embed_act"), self.sharding)
@@ -225,14 +228,6 @@ class NgramEmbedding(nn.Module):
             return self.ngram_tables.lookup(tokens, size, history)
         prime = PRIMES[function]
         return hash_ids(tokens, size, prime, config.vocab_size, config.order, history)
-
-    def _ids_of_pieces(self, tokens, history, segment_ids, function, size) -> Int[Array, "B N"]:
-        before = size - 1
-        tokens_BCM = with_previous_tokens(tokens, segment_ids, self.pieces, before)
-        history_BCM = jnp.pad(split(history, self.pieces), ((0, 0), (0, 0), (before, 0)))
-        rows = (-1, tokens_BCM.shape[2])
-        ids = self._ids(tokens_BCM.reshape(rows), history_BCM.reshape(rows), function, size)
-        return ids[:, before:].reshape(tokens.shape)
 
 
 class CrossAttention(nn.Module):

@@ -40,7 +40,6 @@ def patch_layout(
     starts: Bool[Array, "B M"], segment_ids: Int[Array, "B N"], num_patches: int, pieces: int = 1
 ) -> PatchLayout:
     """Patches of bytes, documents and positions of patches (section 3.1: block-causal mask)."""
-    row_pieces.check_divisible(segment_ids.shape[1], pieces, 1)
     encoder_ids = blt_patching.encoder_ids(starts, segment_ids, pieces, num_patches)
     first = starts[:, :-1] & (encoder_ids >= 0)
     rows = lax.broadcasted_iota(jnp.int32, encoder_ids.shape, 0)

@@ -42,7 +42,7 @@ from blt_jax.layers.attention import causal_attention, dense_causal_attention, m
 from blt_jax.layers.cache import LayerCache
 from blt_jax.layers.embed import Embed, Head, check_token_ids
 from blt_jax.layers.language_model import NextTokenModel
-from blt_jax.layers.masks import NEGATIVE
+from blt_jax.layers.masks import NEGATIVE, causal_mask
 from blt_jax.layers.mlp import swiglu
 from blt_jax.layers.norms import layer_norm, rms_norm
 from blt_jax.layers.projection import project, truncated_normal
@@ -158,12 +158,9 @@ def dense_chunk_attention(
     if group is None:
         span = T if config.attention_window else config.chunk_size
         group = jnp.broadcast_to(index // span + 1, (B, T))
-    mask = (group[:, :, None] == group[:, None, :]) & (group > 0)[:, :, None]
-    distance = index[:, None] - index[None, :]
-    if config.attention_window:
-        mask &= (jnp.abs(distance) < config.attention_window)[None]
-    if not config.bidirectional:
-        mask &= (distance >= 0)[None]
+    mask = causal_mask(index, index, group, group, config.attention_window)
+    if config.bidirectional:
+        mask |= jnp.swapaxes(mask, 1, 2)
     rate = config.attention_dropout
     if key is None or not rate:
         return masked_attention(q, k, v, mask, scale=1.0)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
 from blt_jax.layers.attention import masked_attention
-from blt_jax.layers.cache import LayerCache
+from blt_jax.layers.cache import LayerCache, ring_index
 from blt_jax.layers.rope import rope_table
 from blt_jax.models.megalodon import (
     LayerState,
@@ -68,13 +68,6 @@ def block_weights(config: MegalodonConfig, params: dict[str, Any]) -> tuple[dict
     return tuple(of_layer(w) for w in step.unstack(params["layers"]))
 
 
-def slot_positions(lengths: Int[Array, " B"], slots: int) -> Int[Array, "B S"]:
-    """Position of the token in each slot of rows of these lengths; negative: none."""
-    last_B1 = lengths[:, None] - 1
-    slot_1S = jnp.arange(slots, dtype=jnp.int32)[None, :]
-    return last_B1 - (last_B1 - slot_1S) % slots
-
-
 def attend_with_cache(
     config: MegalodonConfig,
     cache: LayerCache,
@@ -85,9 +78,9 @@ def attend_with_cache(
 ) -> tuple[Float[Array, "B T H J"], LayerCache]:
     """New tokens after `lengths` known ones: attention over kept and new keys, which may lie in
     two chunks, and the cache with the new ones in it."""
-    T, slots = q.shape[1], config.reach
+    T, slots, start = q.shape[1], config.reach, jnp.zeros_like(lengths)
     new_BT = lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-    position_BS = jnp.concatenate([slot_positions(lengths, slots), new_BT], axis=1)
+    position_BS = jnp.concatenate([ring_index(start, lengths, slots)[0], new_BT], axis=1)
     distance = new_BT[:, :, None] - position_BS[:, None, :]
     mask = (distance >= 0) & (position_BS >= 0)[:, None, :]
     if config.attention_window:
@@ -101,18 +94,13 @@ def attend_with_cache(
     )
     out = masked_attention(q, keys, values, mask, scale=1.0)
     # Which of the kept and new tokens lies in each slot afterwards.
-    after_BS = slot_positions(lengths + T, slots)
+    after_BS = ring_index(start, lengths + T, slots)[0]
     index = jnp.where(
         after_BS < lengths[:, None], jnp.arange(slots), slots + after_BS - lengths[:, None]
     )
 
-    def place(x, chunks):
-        x = jnp.take_along_axis(x, index[:, :, None, None], axis=1)
-        sizes = [chunk.shape[2] for chunk in chunks]
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-        return tuple(jnp.split(jnp.swapaxes(x, 1, 2).astype(chunks[0].dtype), ends, axis=2))
-
-    return out, LayerCache(key=place(keys, cache.key), value=place(values, cache.value))
+    kept = (jnp.take_along_axis(x, index[:, :, None, None], axis=1) for x in (keys, values))
+    return out, LayerCache.from_slots(*kept, cache.key[0].dtype)
 
 
 def attend_step(
@@ -182,7 +170,7 @@ class MegalodonDecoder:
             {"params": self.params}, tokens, lengths=lengths, compute_logits=False
         )
         last_B1D = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
-        return self._logits(last_B1D[:, 0]), output.cache
+        return self.model.token_logits(self.params, last_B1D[:, 0]), output.cache
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: MegalodonCache
@@ -194,14 +182,14 @@ class MegalodonDecoder:
         outside the vocabulary, rows without room, and a cache that is not this model's or has NaN.
         """
         hidden, cache = self._extend(tokens, cache, lambda x: x[:, -1])
-        return self._logits(hidden[-1]), cache
+        return self.model.token_logits(self.params, hidden[-1]), cache
 
     def extend_logits(
         self, tokens: Int[Array, "B T"], cache: MegalodonCache
     ) -> tuple[Float[Array, "B T V"], MegalodonCache]:
         """`extend` with the logits after every token."""
         hidden, cache = self._extend(tokens, cache, lambda x: x)
-        return self._logits(jnp.concatenate(hidden, axis=1)), cache
+        return self.model.token_logits(self.params, jnp.concatenate(hidden, axis=1)), cache
 
     def _extend(self, tokens, cache, read):
         step.check_prompts(
@@ -240,7 +228,7 @@ class MegalodonDecoder:
         step.check_room(cache.lengths, 1, self.capacity)
         active = jnp.ones(tokens.shape, bool) if active is None else active
         hidden, cache = self.prepare()._piece(tokens[:, None], cache, active)
-        return self._logits(hidden[:, 0]), cache
+        return self.model.token_logits(self.params, hidden[:, 0]), cache
 
     def _piece(self, tokens, cache, active=None):
         """All layers over the next tokens [B, T] of every row; T = 1 where `active` is given."""
@@ -275,10 +263,6 @@ class MegalodonDecoder:
         x, norm = timestep_norm(x, params, "norm", cache.norm, None, **norms)
         lengths = cache.lengths + (tokens.shape[1] if active is None else active.astype(jnp.int32))
         return x, MegalodonCache(tuple(layers), _select(active, norm, cache.norm), lengths)
-
-    def _logits(self, x):
-        kernel = self.model.output_kernel(self.params).astype(x.dtype)
-        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
 
 
 def _keep(active, after: LayerState, before: LayerState) -> LayerState:

@@ -14,10 +14,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from blt_jax.dist.sharding import ShardingRules
+from blt_jax.dist.sharding import ShardingRules, axes_of, shard_by_names
 from blt_jax.layers.segments import document_positions, index_of_last, segment_starts
 from blt_jax.models.megalodon_config import EmaKind, MegalodonConfig, ScanForm
 from pallas_kernels import cema_scan
@@ -116,10 +115,8 @@ def moving_average(
     if state is None:
         zeros = jnp.zeros((x.shape[0], *coefficients.input.shape), jnp.float32)
         state = zeros, zeros
-    if not on_mesh():
-        return scan(x, *coefficients, state, reset)
-    axes = _length_axes(sharding)
-    rows, sequence = (sharding.spec(names) for names in (("batch",), ("batch", "length")))
+    axes = axes_of("length", sharding)
+    rows, sequence = ("batch",), ("batch", "length")
 
     def local(x, coefficients, state, reset):
         if not axes:
@@ -140,12 +137,8 @@ def moving_average(
         before, state = _before_and_after(join, state, (kept, own), axes)
         return y + scan(jnp.zeros_like(x), *coefficients, before, reset)[0], state
 
-    return jax.shard_map(
-        local,
-        in_specs=(sequence, PartitionSpec(), rows, sequence),
-        out_specs=(sequence, rows),
-        check_vma=False,
-    )(x, coefficients, state, reset)
+    run = shard_by_names(local, (sequence, (), rows, sequence), (sequence, rows), sharding)
+    return run(x, coefficients, state, reset)
 
 
 def _power(base: State, exponent: int) -> State:
@@ -156,17 +149,6 @@ def _power(base: State, exponent: int) -> State:
             result = _multiply(result, base)
         base, exponent = _multiply(base, base), exponent // 2
     return result
-
-
-def on_mesh() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
-
-
-def _length_axes(sharding: ShardingRules) -> tuple[str, ...]:
-    """Mesh axes of more than one device over which the length is sharded."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(axis for axis in sharding.length if dict(mesh.shape)[axis] > 1)
 
 
 def _before_and_after(join: Callable, start: Any, own: Any, axes: tuple[str, ...]):
@@ -297,10 +279,10 @@ def timestep_norm(
     fresh = fresh_norm_state(config, w, name, x.shape[0])
     start = fresh if state is None else state
     affine = w[f"{name}_weight"] + 1.0, w[f"{name}_bias"]
-    axes = _length_axes(sharding) if on_mesh() else ()
+    axes = axes_of("length", sharding)
     if not axes:
         return _timestep_norm(x, affine, start, fresh, documents, config)
-    rows, sequence = (sharding.spec(names) for names in (("batch",), ("batch", "length")))
+    rows, sequence = ("batch",), ("batch", "length")
 
     def local(x, affine, start, fresh, documents):
         none = jax.tree.map(jnp.zeros_like, start)
@@ -317,12 +299,9 @@ def timestep_norm(
         before, state = _before_and_after(join, start, (kept, own), axes)
         return _timestep_norm(x, affine, before, fresh, documents, config)[0], state
 
-    return jax.shard_map(
-        local,
-        in_specs=(sequence, PartitionSpec(), rows, rows, sequence),
-        out_specs=(sequence, rows),
-        check_vma=False,
-    )(x, affine, start, fresh, documents)
+    names = (sequence, (), rows, rows, sequence)
+    run = shard_by_names(local, names, (sequence, rows), sharding)
+    return run(x, affine, start, fresh, documents)
 
 
 def _timestep_norm(x, affine, start, fresh, documents, config):

@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from blt_jax.decoding.decoder import TransformerDecoder
+from blt_jax.decoding.decoder import token_decoder
 from blt_jax.dist.mesh import MeshConfig
 from blt_jax.models.blt_config import BLTConfig
 from blt_jax.models.blt_decode import BLTDecoder
-from blt_jax.models.llama3 import Llama3Config
 from blt_jax.train import compilation
 from blt_jax.train.compilation import Job
 
@@ -28,8 +27,7 @@ def make_job(options: Any, make_mesh: Callable[[MeshConfig], Any]) -> Job:
     model = (phase.model or config.model).build(config.sharding)
     length = options.length or config.phase_data(phase).sequence_length
     batch = options.batch or mesh.size
-    entropy = getattr(options.config, "entropy_model", None)
-    create = _decoder(model, options.config, entropy, length)
+    create = _decoder(model, options.config, length)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
@@ -51,12 +49,9 @@ def make_job(options: Any, make_mesh: Callable[[MeshConfig], Any]) -> Job:
     )
 
 
-def _decoder(model, experiment, entropy, capacity: int):
-    config = model.config
-    if isinstance(config, Llama3Config):
-        return lambda params: TransformerDecoder.create(model, params, capacity)
-    if not isinstance(config, BLTConfig):
-        raise ValueError(f"--program: {type(config).__name__} has no decoder; use --program=train")
+def _decoder(model, experiment, capacity: int):
+    if not isinstance(model.config, BLTConfig):
+        return lambda params: token_decoder(model, params, capacity)
     if experiment.patcher.needs_entropies:
         raise ValueError(
             "--program=prefill and decode of a BLT need a patcher without an entropy model: "

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from blt_jax.dist.sharding import param_shardings, sharding_report
-from blt_jax.layers.model import Model
+from blt_jax.layers.model import Model, ModelConfig
 from blt_jax.layers.tpu_attention import splash_flops
 from blt_jax.train import flops as flops_lib
 from blt_jax.train import state as state_lib
@@ -182,14 +182,19 @@ def inference_job(
     )
 
 
+def stacks_of(model: ModelConfig) -> list[tuple[tuple[str, ...], Any]]:
+    """The parts of a model config that have a remat policy, itself included, with their path."""
+    parts = [((), model)]
+    parts += [((field.name,), getattr(model, field.name)) for field in dataclasses.fields(model)]
+    return [(name, part) for name, part in parts if hasattr(part, "remat")]
+
+
 def _levers(config: Pretraining, phase: Phase, mesh: Mesh, prefix: str) -> tuple[str, ...]:
     """What lowers the activations, nearest first, in the words of the command line."""
     from blt_jax.layers.transformer import Remat
 
-    model = phase.model or config.model
-    fields = {f"model.{x.name}": getattr(model, x.name) for x in dataclasses.fields(model)}
     stacks = {
-        name: part for name, part in {"model": model, **fields}.items() if hasattr(part, "remat")
+        ".".join(("model", *name)): part for name, part in stacks_of(phase.model or config.model)
     }
     largest = max(stacks, key=lambda name: stacks[name].num_layers * stacks[name].d_model)
     levers = []

@@ -56,13 +56,8 @@ def process_rows(batch_size: int, sharding: NamedSharding) -> Sequence[int]:
     """
     if jax.process_count() == 1:
         return range(batch_size)
-    parts = _row_parts(sharding)
-    if batch_size % parts:
-        raise ValueError(
-            f"batch_size {batch_size} cannot be divided over {parts} parts of the mesh "
-            f"{dict(sharding.mesh.shape)}: change batch_size or the mesh"
-        )
-    size = batch_size // parts
+    check_rows(batch_size, 1, sharding)
+    size = batch_size // _row_parts(sharding)
     return [part * size + row for part in _own_parts(sharding) for row in range(size)]
 
 

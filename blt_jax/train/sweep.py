@@ -8,8 +8,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from blt_jax.dist.mesh import MeshConfig
-from blt_jax.layers.transformer import Remat, TransformerConfig
-from blt_jax.train.compilation import DoesNotFitError, report, train_job
+from blt_jax.layers.transformer import Remat
+from blt_jax.train.compilation import DoesNotFitError, report, stacks_of, train_job
 from blt_jax.train.pretraining import Phase, Pretraining
 
 
@@ -25,13 +25,13 @@ class Axes:
 
 
 def with_remat(config: Any, remat: Remat) -> Any:
-    """A copy of a model config with this policy in every transformer that has one."""
-    changed = {
-        field.name: dataclasses.replace(value, remat=remat)
-        for field in dataclasses.fields(config)
-        if isinstance(value := getattr(config, field.name), TransformerConfig)
-        and value.remat is not Remat.NONE
-    }
+    """A copy of a model config with this policy in every stack of layers that has one."""
+    changed = {}
+    for name, part in stacks_of(config):
+        if part.remat is not Remat.NONE:
+            changed |= (
+                {name[0]: dataclasses.replace(part, remat=remat)} if name else {"remat": remat}
+            )
     return dataclasses.replace(config, **changed)
 
 
