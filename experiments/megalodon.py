@@ -135,6 +135,15 @@ def proof() -> Comparison:
             ("megalodon", _long(proof_megalodon(), recall(short), 2e-3)),
         ),
         metric="bits_per_byte_beyond",
+        further=(
+            "bits_per_byte",
+            "bits_per_byte_within",
+            *(f"bits_per_byte_to_{512 * 2**i}" for i in range(1, 5)),
+            *(f"recall_accuracy_{gap}" for gap in (8, 24, 48)),
+            "flops_per_token",
+            "flops_per_token_long",
+            "parameters",
+        ),
     )
 
 

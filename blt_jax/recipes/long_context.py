@@ -53,8 +53,9 @@ class LongContext(LanguageModel):
             raise ValueError(f"LongContext.recall_gaps={self.recall_gaps}: must be >= 0, not empty")
 
     def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
-        """`bits_per_byte_within` and `_beyond` the training length on long rows, forward
-        `flops_per_token` at both lengths, and `recall_accuracy` by gap."""
+        """`bits_per_byte_within` and `_beyond` the training length on long rows, and `_to_N` for
+        each doubling N of it (positions N/2 to N); forward `flops_per_token` at both lengths;
+        `recall_accuracy` by gap."""
         numbers = loss_by_position(self, context, fit.model, fit.params)
         for name, length in (("", self.data.sequence_length), ("_long", self.long_length)):
             numbers[f"flops_per_token{name}"] = float(fit.model.flops_per_token(length))
@@ -98,10 +99,16 @@ def loss_by_position(
         )
     context.writer.figure("loss_by_position", _figure(config, totals))
     trained = config.data.sequence_length // config.bucket
-    return {
+    numbers = {
         "bits_per_byte_within": bits_per_byte(*totals[:, :trained].sum(1)),
         "bits_per_byte_beyond": bits_per_byte(*totals[:, trained:].sum(1)),
     }
+    end = 2 * trained
+    while end <= totals.shape[1]:
+        name = f"bits_per_byte_to_{end * config.bucket}"
+        numbers[name] = bits_per_byte(*totals[:, end // 2 : end].sum(1))
+        end *= 2
+    return numbers
 
 
 def _figure(config: LongContext, totals: np.ndarray) -> Any:

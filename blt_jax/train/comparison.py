@@ -20,13 +20,14 @@ from blt_jax.train.writers import read_metrics, read_results
 class Comparison(Experiment):
     """Runs each (name, experiment) in its own subfolder and compares `metric` of their numbers.
 
-    seeds: repeats every experiment with each of them (all fields named `seed`, except in model
+    further: other numbers of the runs to report beside it, where a run has them. seeds: repeats every experiment with each of them (all fields named `seed`, except in model
     configs); empty: once, as it is. Differences are taken against the first run, seed by seed.
     Finished runs are not run again.
     """
 
     runs: tuple[tuple[str, Experiment], ...] = ()
     metric: str = "bits_per_byte"
+    further: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -48,8 +49,9 @@ class Comparison(Experiment):
     def run(self, context: Context) -> dict[str, float]:
         """All runs, then `comparison.txt`, `comparison.json` and `figures/comparison.png`."""
         values: dict[str, list[float]] = {}
+        further: dict[str, dict[str, float]] = {}
         for name, experiment in self.runs:
-            values[name] = []
+            values[name], others = [], []
             for part, seed in self._parts(name):
                 repeated = experiment if seed is None else configs.replace_seeds(experiment, seed)
                 numbers = _run_child(context, part, repeated)
@@ -58,13 +60,25 @@ class Comparison(Experiment):
                         f"Comparison.metric={self.metric!r}: run {name!r} gives {sorted(numbers)}"
                     )
                 values[name].append(float(numbers[self.metric]))
+                others.append({key: float(numbers[key]) for key in self.further if key in numbers})
+            further[name] = {key: float(np.mean([n[key] for n in others])) for key in others[0]}
         rows = compare(values)
         if jax.process_index() == 0:
             table = format_table(rows, self.metric)
+            if self.further:
+                table += "\n\n" + format_further(further, self.further)
             print(table, flush=True)
             (context.workdir / "comparison.txt").write_text(table + "\n")
             (context.workdir / "comparison.json").write_text(
-                json.dumps({"metric": self.metric, "seeds": self.seeds, "runs": rows}, indent=2)
+                json.dumps(
+                    {
+                        "metric": self.metric,
+                        "seeds": self.seeds,
+                        "runs": rows,
+                        "further": further,
+                    },
+                    indent=2,
+                )
             )
             context.writer.text("comparison", table)
             context.writer.figure("comparison", self._figure(context, rows))
@@ -74,6 +88,7 @@ class Comparison(Experiment):
             for key in ("interval", "difference", "difference_interval"):
                 if row[key] is not None:
                     numbers[f"{name}/{key}"] = row[key]
+            numbers |= {f"{name}/{key}": value for key, value in further[name].items()}
         return numbers
 
     def _parts(self, name: str) -> list[tuple[str, int | None]]:
@@ -171,7 +186,20 @@ def format_table(rows: dict[str, dict[str, Any]], metric: str) -> str:
         table.append(
             (name, cell(row["mean"], row["interval"]), difference, str(len(row["values"])))
         )
-    widths = [max(len(line[i]) for line in table) for i in range(4)]
+    return _aligned(table)
+
+
+def format_further(numbers: dict[str, dict[str, float]], keys: tuple[str, ...]) -> str:
+    """Table of further numbers, means over the seeds: a line per number, a column per run."""
+    lines = [("", *numbers)]
+    for key in keys:
+        cells = [f"{own[key]:.6g}" if key in own else "" for own in numbers.values()]
+        lines.append((key, *cells))
+    return _aligned(lines)
+
+
+def _aligned(table: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
         for line in table

@@ -25,7 +25,7 @@ class Constant(Experiment):
     def run(self, context):
         RAN.append((self.value, self.seed))
         context.writer.scalars(1, {"score": self.value})
-        return {"score": self.value + 0.1 * self.seed}
+        return {"score": self.value + 0.1 * self.seed, "size": 10.0 * self.seed}
 
 
 def _mesh():
@@ -66,6 +66,14 @@ def test_seeds_give_paired_differences_and_intervals(tmp_path):
     np.testing.assert_allclose(rows["base"]["values"], values)
 
 
+def test_further_numbers_are_means_beside_the_metric(tmp_path):
+    numbers = run_experiment(_pair(seeds=(1, 2), further=("size", "absent")), tmp_path, _mesh())
+    assert numbers["base/size"] == numbers["better/size"] == 15.0
+    assert not any("absent" in name for name in numbers)
+    table = (tmp_path / "comparison.txt").read_text().splitlines()
+    assert table[5].split() == ["size", "15", "15"]
+
+
 def test_seed_reaches_initialisation_and_data():
     experiment = configs.replace_seeds(tiny_experiment(), 7)
     assert experiment.seed == 7
@@ -88,5 +96,5 @@ def test_bad_comparisons_are_refused(runs, message):
 
 def test_unknown_metric_names_those_there_are(tmp_path):
     bad = comparison.Comparison(runs=(("a", Constant()),), metric="scor")
-    with pytest.raises(ValueError, match=r"metric='scor': run 'a' gives \['score'\]"):
+    with pytest.raises(ValueError, match=r"metric='scor': run 'a' gives \['score', 'size'\]"):
         run_experiment(bad, tmp_path, _mesh())
