@@ -20,9 +20,10 @@ from blt_jax.train.writers import read_metrics, read_results
 class Comparison(Experiment):
     """Runs each (name, experiment) in its own subfolder and compares `metric` of their numbers.
 
-    further: other numbers of the runs to report beside it, where a run has them. seeds: repeats every experiment with each of them (all fields named `seed`, except in model
-    configs); empty: once, as it is. Differences are taken against the first run, seed by seed.
-    Finished runs are not run again.
+    further: other numbers of the runs to report beside it, where a run has them. seeds: repeats
+    every experiment with each of them (all fields named `seed`, except in model configs); empty:
+    once, as it is. Differences are taken against the first run, seed by seed. Finished runs are
+    not run again.
     """
 
     runs: tuple[tuple[str, Experiment], ...] = ()
