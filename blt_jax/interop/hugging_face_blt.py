@@ -17,7 +17,7 @@ from blt_jax.interop.hugging_face_llama import (
 )
 from blt_jax.interop.weights import Weight, heads_in, heads_out, linear, same
 from blt_jax.layers.rope import RopeLayout
-from blt_jax.layers.transformer import TransformerConfig
+from blt_jax.layers.transformer import PositionEncoding, Softmax, TransformerConfig
 from blt_jax.models import blt
 from blt_jax.models.blt_ngrams import NgramConfig, NgramKind
 from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
@@ -237,6 +237,8 @@ def _check_expressible(config, entropy_model, patcher) -> None:
     }
     for name, stack in stacks.items():
         wrong[f"{name}.head_dim"] = stack.head_width * stack.num_heads != stack.d_model
+        wrong[f"{name}.position_encoding"] = stack.position_encoding is not PositionEncoding.ROPE
+        wrong[f"{name}.softmax"] = stack.softmax is not Softmax.STANDARD
         wrong[f"{name}.rope"] = (
             stack.rope.layout is not INTERLEAVED or stack.rope.scaling_factor != 1
         )

@@ -51,16 +51,7 @@ def stack_config(
 
 
 def stack_attributes(stack: TransformerConfig) -> dict[str, Any]:
-    """The attributes that `stack_config` reads; ValueError for what they cannot express."""
-    for name, default in (
-        ("position_encoding", PositionEncoding.ROPE),
-        ("softmax", Softmax.STANDARD),
-    ):
-        if getattr(stack, name) is not default:
-            raise ValueError(
-                f"TransformerConfig.{name}={getattr(stack, name).name}: Hugging Face's blocks have "
-                f"{default.name} alone"
-            )
+    """The attributes that `stack_config` reads."""
     return {
         "num_hidden_layers": stack.num_layers,
         "hidden_size": stack.d_model,
@@ -115,10 +106,14 @@ def read_llama(attributes: dict[str, Any]) -> Llama3Config:
 
 def write_llama(config: Llama3Config) -> dict[str, Any]:
     """Attributes of a LlamaConfig; ValueError for what it cannot express."""
-    if config.transformer.window:
-        raise ValueError(
-            f"TransformerConfig.window={config.transformer.window}: a LlamaConfig has no window"
-        )
+    stack = config.transformer
+    if stack.window:
+        raise ValueError(f"TransformerConfig.window={stack.window}: a LlamaConfig has no window")
+    if stack.position_encoding is not PositionEncoding.ROPE:
+        raise ValueError("TransformerConfig.position_encoding=ALIBI: a LlamaConfig has ROPE alone")
+    if stack.softmax is not Softmax.STANDARD:
+        name = stack.softmax.name
+        raise ValueError(f"TransformerConfig.softmax={name}: a LlamaConfig has STANDARD alone")
     if config.sink_tokens:
         raise ValueError(
             f"Llama3Config.sink_tokens={config.sink_tokens}: a LlamaConfig has no sink tokens"

@@ -14,6 +14,7 @@ from blt_jax.dist.sharding import ShardingRules, param_shardings
 from blt_jax.interop import hugging_face
 from blt_jax.interop.hugging_face_llama import read_llama
 from blt_jax.layers.rope import RopeConfig, RopeLayout
+from blt_jax.layers.transformer import PositionEncoding, Softmax
 from tests.interop import small
 
 
@@ -374,7 +375,37 @@ def test_bad_requests(single, tmp_path):
         hugging_face.save_pretrained(entropy_model, params, tmp_path)
 
 
-def test_window_cannot_be_written(tmp_path):
-    stack = dataclasses.replace(small.llama()[0].config.transformer, window=8)
-    with pytest.raises(ValueError, match="window=8: a LlamaConfig has no window"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 8}, "window=8: a LlamaConfig has no window"),
+        ({"position_encoding": PositionEncoding.ALIBI}, "position_encoding=ALIBI: .* has ROPE"),
+        ({"softmax": Softmax.OFF_BY_ONE}, "softmax=OFF_BY_ONE: a LlamaConfig has STANDARD"),
+        ({"softmax": Softmax.LEARNED_SINK}, "softmax=LEARNED_SINK: a LlamaConfig has STANDARD"),
+    ],
+    ids=str,
+)
+def test_what_a_llama_config_cannot_express(changes, message, tmp_path):
+    stack = dataclasses.replace(small.llama()[0].config.transformer, **changes)
+    with pytest.raises(ValueError, match=message):
         hugging_face.save_pretrained(*small.llama(transformer=stack), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sink_tokens_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match="sink_tokens=1: a LlamaConfig has no sink tokens"):
+        hugging_face.save_pretrained(*small.llama(sink_tokens=1), tmp_path)
+
+
+def test_what_a_blt_config_cannot_express(tmp_path):
+    model, params = small.byte_latent()[0]
+    softmax = {"softmax": Softmax.OFF_BY_ONE}
+    alibi = {"position_encoding": PositionEncoding.ALIBI}
+    config = dataclasses.replace(
+        model.config,
+        latent=dataclasses.replace(model.config.latent, **softmax),
+        local_encoder=dataclasses.replace(model.config.local_encoder, **alibi),
+    )
+    names = r"cannot express .*\['local_encoder.position_encoding', 'latent.softmax'\]"
+    with pytest.raises(ValueError, match=names):
+        hugging_face.save_pretrained(config.build(), params, tmp_path)

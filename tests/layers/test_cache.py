@@ -60,6 +60,35 @@ def test_slot_of_a_position():
     np.testing.assert_array_equal(joined(cache.layers[0].key)[2, :, 1:], 0)
 
 
+@pytest.mark.parametrize("slots", [7, 12])
+def test_pinned_tokens_keep_the_first_slots(slots):
+    key, value = key_values(2 + 9)
+    lengths = jnp.array([9, 4, 1])
+    cache = StepCache.from_prefill(key, value, lengths, slots, jnp.float32, pinned=2)
+    ring = StepCache.from_prefill(key[:, :, 2:], value[:, :, 2:], lengths, slots - 2, jnp.float32)
+    for layer, (ours, rest) in enumerate(zip(cache.layers, ring.layers, strict=True)):
+        pinned = jnp.swapaxes(key[layer, :, :2], 1, 2)
+        expected = jnp.concatenate([pinned, joined(rest.key)], axis=2)
+        np.testing.assert_array_equal(joined(ours.key), expected)
+    np.testing.assert_array_equal(cache.lengths, ring.lengths)
+    np.testing.assert_array_equal(cache.next_slot(), 2 + ring.next_slot())
+
+
+@pytest.mark.parametrize("pinned", [0, 2])
+@pytest.mark.parametrize("slots", [5, 16])
+def test_distance_to_the_token_in_every_slot(pinned, slots):
+    lengths, ring = [0, 1, 4, 9], slots - pinned
+    cache = StepCache.create(1, 4, G, slots, K, jnp.float32)
+    cache = cache.replace(lengths=jnp.array(lengths), pinned=pinned)
+    found = np.asarray(cache.distances())
+    for row, length in enumerate(lengths):
+        at = pinned + length  # of the next token, the pinned ones counted
+        np.testing.assert_array_equal(found[row, :pinned], at - np.arange(pinned))
+        for position in range(max(0, length - ring + 1), length + 1):
+            assert found[row, pinned + position % ring] == length - position
+    np.testing.assert_array_equal(cache.distances(jnp.array([3, 1])), found[[3, 1]])
+
+
 def test_some_rows_are_written():
     key, value = key_values(2)
     cache = LayerCache.create(B, G, 4, K, jnp.float32)

@@ -40,6 +40,24 @@ def test_values_and_gradients(window, value_width):
         np.testing.assert_allclose(x, y, atol=3e-5)
 
 
+def test_sink_logit():
+    q, k, v, segments = arrays()
+    sink = jnp.array([0.5, -1.0])
+
+    def kernel(q, k, v, sink):
+        options = dict(window=40, scale=0.25, sink=sink)
+        return splash_attention(q, k, v, segments, interpret=True, **options)
+
+    def dense(q, k, v, sink):
+        return dense_causal_attention(q, k, v, segments, window=40, sink=sink)
+
+    found, found_vjp = jax.vjp(kernel, q, k, v, sink)
+    expected, expected_vjp = jax.vjp(dense, q, k, v, sink)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for x, y in zip(found_vjp(expected), expected_vjp(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-5)
+
+
 @pytest.mark.parametrize("value_width", [16, 48])
 def test_flops_are_those_of_the_blocks_below_the_diagonal(value_width):
     q, k, v, segments = arrays(length=1024, value_width=value_width)

@@ -10,7 +10,7 @@ import pytest
 
 from blt_jax.dist.sharding import init_params
 from blt_jax.layers.rope import RopeConfig, RopeLayout
-from blt_jax.layers.transformer import TransformerConfig
+from blt_jax.layers.transformer import PositionEncoding, Softmax, TransformerConfig
 from blt_jax.models import blt, blt_patching
 from blt_jax.models.blt_decode import BLTDecoder
 from blt_jax.models.blt_ngrams import HashOrder, NgramConfig, NgramKind, NgramStart
@@ -171,6 +171,7 @@ def test_few_rows_close(patch_window):
     assert {1, 2} <= closing and max(closing) > 2
 
 
+ALIBI = {"position_encoding": PositionEncoding.ALIBI}
 CROSS, CONTEXT = blt.EncoderCrossAttention, blt.DecoderCrossAttention
 OPTIONS = {
     "one_layer_input_k1": small(
@@ -208,6 +209,11 @@ OPTIONS = {
     "no_window": small(
         window=0,
         latent=stack(2, 24, 2, window=4, rope=RopeConfig(layout=RopeLayout.HALF_SPLIT)),
+    ),
+    "linear_bias_and_sinks": small(
+        local_encoder=stack(1, window=7, **ALIBI),
+        latent=stack(2, 24, 2, window=4, softmax=Softmax.LEARNED_SINK, **ALIBI),
+        local_decoder=stack(1, window=7, softmax=Softmax.OFF_BY_ONE, **ALIBI),
     ),
     "max_patches": small(
         max_patches=3,

@@ -9,6 +9,7 @@ import pytest
 
 from blt_jax.dist.mesh import MeshConfig, make_mesh
 from blt_jax.dist.sharding import ShardingRules, param_shardings
+from blt_jax.layers.transformer import PositionEncoding
 from blt_jax.models import blt, blt_patching
 from blt_jax.models.blt_ngrams import NgramConfig, NgramStart
 from tests.models.test_blt import SHORT, build, config, objective, packed
@@ -145,6 +146,9 @@ def test_bad_configurations():
         config(row_pieces=4, max_patches=6)
     with pytest.raises(ValueError, match="patch_window=2: must be 1 with row_pieces=4"):
         config(row_pieces=4, max_patches=8, patch_window=2)
+    alibi = dataclasses.replace(config().latent, position_encoding=PositionEncoding.ALIBI)
+    with pytest.raises(ValueError, match=r"latent\.position_encoding=ALIBI: must be ROPE with"):
+        config(row_pieces=4, max_patches=8, latent=alibi)
     assert config().piece_halo == 5
     model = config(row_pieces=4, max_patches=8).build()
     short = packed(sizes=(9, 8), padding=2)
