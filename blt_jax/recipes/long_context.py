@@ -20,16 +20,16 @@ from blt_jax.layers.model import Model
 from blt_jax.recipes.language_model import LanguageModel
 from blt_jax.train.evaluate import bits_per_byte
 from blt_jax.train.pretraining import Context, EvaluationConfig, Fit, Pretraining
-from blt_jax.train.step import batch_sharding, put_batch
+from blt_jax.train.step import batch_sharding, process_rows, put_batch, row_parts
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class LongContext(LanguageModel):
     """`LanguageModel`, then its loss on rows of `long_length` bytes of one document each.
 
-    long_rows: how many rows, of the validation split. bucket: positions per point of the figure.
-    recall: the training on the recall task; None: without. recall_gaps: tokens of noise between
-    the letter and the question, asked for equally often.
+    long_rows: how many at least, of the validation split. bucket: positions per point of the
+    figure. recall: the training on the recall task; None: without. recall_gaps: tokens of noise
+    between the letter and the question, asked for equally often.
     """
 
     long_length: int = 8192
@@ -68,30 +68,32 @@ def loss_by_position(
     config: LongContext, context: Context, model: Model, params: Any
 ) -> dict[str, float]:
     """Bits per byte within and beyond the training length; the figure `loss_by_position`."""
+    sharding = batch_sharding(context.mesh, model.sharding)
     data = evaluation_config(
         config.data,
         sequence_length=config.long_length,
-        batch_size=1,
+        batch_size=row_parts(sharding),
         packing=Packing.ONE_DOCUMENT,
     )
-    sharding = batch_sharding(context.mesh, model.sharding)
 
     @jax.jit
     def sums(params, batch):
         output = model.apply({"params": params}, *model.inputs(batch))
-        nats = jnp.where(batch["target_mask"], target_nats(output.logits, batch["targets"])[0], 0.0)
-        counted = jnp.where(batch["target_mask"], batch["target_bytes"], 0).astype(jnp.float32)
-        return jnp.stack([nats, counted]).sum(1).reshape(2, -1, config.bucket).sum(2)
+        full = (batch["segment_ids"] > 0).all(axis=1)
+        mask = batch["target_mask"] & full[:, None]
+        nats = jnp.where(mask, target_nats(output.logits, batch["targets"])[0], 0.0)
+        counted = jnp.where(mask, batch["target_bytes"], 0).astype(jnp.float32)
+        buckets = jnp.stack([nats, counted]).sum(1).reshape(2, -1, config.bucket).sum(2)
+        return buckets, full.sum()
 
     totals, rows = np.zeros((2, config.long_length // config.bucket)), 0
     with jax.set_mesh(context.mesh):
-        for batch in loader(data):
-            if rows == config.long_rows:
+        for batch in loader(data, rows=process_rows(data.batch_size, sharding)):
+            if rows >= config.long_rows:
                 break
-            if not (np.asarray(batch["segment_ids"]) > 0).all():
-                continue
             placed = {k: v[0] for k, v in put_batch(batch, 1, sharding).items()}
-            totals, rows = totals + np.asarray(sums(params, placed), np.float64), rows + 1
+            buckets, full = sums(params, placed)
+            totals, rows = totals + np.asarray(buckets, np.float64), rows + int(full)
     if rows < config.long_rows:
         raise ValueError(
             f"LongContext.long_rows={config.long_rows}: the validation split has only {rows} "

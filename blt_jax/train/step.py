@@ -23,7 +23,7 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, *rules.spec(("batch",))))
 
 
-def _row_parts(sharding: NamedSharding) -> int:
+def row_parts(sharding: NamedSharding) -> int:
     """Into how many parts the rows of a batch are divided."""
     axes = sharding.spec[1] or ()
     axes = (axes,) if isinstance(axes, str) else axes
@@ -33,13 +33,13 @@ def _row_parts(sharding: NamedSharding) -> int:
 def _own_parts(sharding: NamedSharding) -> list[int]:
     """The parts of the rows that lie on this process."""
     rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[1]))
-    slices = rows.addressable_devices_indices_map((_row_parts(sharding),)).values()
+    slices = rows.addressable_devices_indices_map((row_parts(sharding),)).values()
     return sorted({index[0].start or 0 for index in slices})
 
 
 def check_rows(rows: int, accumulation: int, sharding: NamedSharding) -> None:
     """Raises ValueError if `rows` cannot be divided over micro-batches and devices."""
-    parts = _row_parts(sharding)
+    parts = row_parts(sharding)
     if rows % (accumulation * parts):
         raise ValueError(
             f"batch of {rows} rows cannot be divided into {accumulation} micro-batches over "
@@ -57,7 +57,7 @@ def process_rows(batch_size: int, sharding: NamedSharding) -> Sequence[int]:
     if jax.process_count() == 1:
         return range(batch_size)
     check_rows(batch_size, 1, sharding)
-    size = batch_size // _row_parts(sharding)
+    size = batch_size // row_parts(sharding)
     return [part * size + row for part in _own_parts(sharding) for row in range(size)]
 
 
@@ -69,7 +69,7 @@ def put_batch(
     Micro-batch a holds the rows a, a + accumulation, ... of the batch on any number of processes.
     Raises ValueError if the rows cannot be divided over micro-batches and devices.
     """
-    parts, own = _row_parts(sharding), len(_own_parts(sharding))
+    parts, own = row_parts(sharding), len(_own_parts(sharding))
     placed = {}
     for name, value in batch.items():
         rows = value.shape[0] * parts // own
