@@ -88,6 +88,18 @@ def test_full_remat_adds_a_forward_pass_of_its_layers(config):
     assert counts[0] + 0.7 * again < counts[1] <= counts[0] + 1.05 * again
 
 
+def test_unrolled_layers_are_recomputed_too():
+    """The compiler may not take the products of the forward pass for those of the backward."""
+    settings = llama()
+    layers = dataclasses.replace(settings.transformer, remat=Remat.FULL)
+    compiled = []
+    for config in (settings, dataclasses.replace(settings, transformer=layers)):
+        _, gradient, params, data = forward_and_gradient(config.build())
+        compiled.append(jax.jit(gradient).lower(params, data).compile().cost_analysis()["flops"])
+    again = layers.flops_per_token(float(LENGTH)) * LENGTH
+    assert compiled[1] > compiled[0] + 0.6 * again
+
+
 def test_chips():
     assert flops.peak_flops("TPU v5 lite") == 197e12
     assert flops.peak_flops("TPU v5") == flops.peak_flops("TPU v5p") == 459e12
