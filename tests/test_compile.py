@@ -147,9 +147,12 @@ def test_data_axis_across_slices(tmp_path):
     (numbers,), _ = reports(tmp_path, (SMOKE, "--topology=v5e:2x2", "--slices=2", *mesh))
     assert numbers["devices"] == 8
     assert {name: numbers["mesh"][name] for name in ("data", "fsdp")} == {"data": 2, "fsdp": 4}
-    across = [row for row in numbers["collectives"] if "data" in row["axes"]]
+    across = [row for row in numbers["collectives"] if row["between_slices"]]
     # Weights stay inside a slice: only sums (of gradients, metrics) cross.
-    assert across and {row["kind"] for row in across} == {"all-reduce"}
+    assert {row["kind"] for row in across} == {"all-reduce"}
+    own = numbers["bytes_per_device"]["parameters"]
+    assert own / 2 <= sum(row["sent"] for row in across) < 4 * own  # gradients in bfloat16
+    assert "between slices are not in it" in numbers["estimate"]["note"]
 
 
 def test_lowering_for_cuda(tmp_path):

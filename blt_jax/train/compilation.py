@@ -321,10 +321,12 @@ def report(job: Job, topology: str) -> dict[str, Any]:
             raise DoesNotFitError(advice(job, reason))
     program = Program(text)
     collectives = program.collectives(dict(job.mesh.shape))
-    work = work_of(job, program, numbers["flops"]["program"])
+    time_of = estimate(job, work_of(job, program, numbers["flops"]["program"]))
+    if far := sum(row.sent for row in collectives if row.between_slices):
+        time_of["note"] += f"; {far / 1e9:.3g} GB per device between slices are not in it"
     return numbers | {
         "collectives": [dataclasses.asdict(row) for row in collectives],
-        "estimate": estimate(job, work),
+        "estimate": time_of,
         "compile_seconds": round(seconds, 1),
     }
 
@@ -376,9 +378,11 @@ class Work:
 
 
 def work_of(job: Job, program: Program, flops: float) -> Work:
-    """The work of a compiled job, loops times their trip counts."""
+    """The work of a compiled job, loops times their trip counts, without transfers between
+    slices."""
     traffic = program.traffic()
-    sent = sum(row.sent for row in program.collectives(dict(job.mesh.shape)))
+    collectives = program.collectives(dict(job.mesh.shape))
+    sent = sum(row.sent for row in collectives if not row.between_slices)
     return Work(flops, traffic.products, traffic.others, float(sent))
 
 
@@ -420,10 +424,7 @@ def format_report(numbers: dict[str, Any]) -> str:
         f"{numbers['flops']['program']:.3e} (products of the traced program)",
     ]
     for row in numbers.get("collectives", ()):
-        lines.append(
-            f"  {row['kind']} over {'+'.join(row['axes']) or 'one device'}: {row['count']} x "
-            f"{row['bytes']:,} bytes"
-        )
+        lines.append(f"  {row['kind']} over {_reach(row)}: {row['count']} x {row['bytes']:,} bytes")
     lines.append(_format_estimate(numbers["estimate"]))
     if "unrolled_estimate" in numbers:
         lines.append(f"from unrolled layers: {_format_estimate(numbers['unrolled_estimate'])}")
@@ -431,12 +432,18 @@ def format_report(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _reach(collective: dict[str, Any]) -> str:
+    if collective["between_slices"]:
+        return "slices"
+    return "+".join(collective["axes"]) or "one device"
+
+
 def _format_estimate(numbers: dict[str, Any]) -> str:
     if "step_seconds" not in numbers:
         return numbers["note"]
     step, mfu = numbers["step_seconds"], numbers["mfu"]
     return (
-        f"estimated step (roofline, not measured): {step['collectives_hidden']:.3f} s with "
+        f"estimated step ({numbers['note']}): {step['collectives_hidden']:.3f} s with "
         f"collectives hidden, {step['collectives_exposed']:.3f} s without; MFU "
         f"{100 * mfu['collectives_hidden']:.0f} % and {100 * mfu['collectives_exposed']:.0f} %"
     )
