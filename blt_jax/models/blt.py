@@ -110,9 +110,9 @@ VOCAB_SIZE = blt_patching.VOCAB_SIZE
 
 
 def check_inputs(
-    tokens: Array,
-    starts: Array | None = None,
-    segment_ids: Array | None = None,
+    tokens: Array | np.ndarray,
+    starts: Array | np.ndarray | None = None,
+    segment_ids: Array | np.ndarray | None = None,
     pieces: int = 1,
 ) -> None:
     """Raises ValueError for inputs that would give a silently wrong result.
@@ -648,6 +648,10 @@ class BLT(Model):
             return self.head(x), x, key_values
 
     # ------------------------------------------------------------------------------- loss
+
+    def check_batch(self, batch: dict[str, Any]) -> None:
+        """As Model.check_batch: ids, patches at the start of documents and of pieces of rows."""
+        check_inputs(batch["tokens"], batch["starts"], batch["segment_ids"], self.config.row_pieces)
 
     def loss(self, params, batch: dict[str, jax.Array], key: jax.Array | None = None) -> LossSums:
         """Cross-entropy of the counted targets (nats and bytes of Eq. 18).

@@ -233,12 +233,20 @@ def _on(mesh: Mesh | AbstractMesh):
     return jax.set_mesh(mesh)
 
 
-def program_flops(job: Job) -> float:
-    """FLOPs of all matrix products of one run over all devices, recomputation included."""
-    with _on(job.mesh):
-        return flops_lib.count_flops(
-            job.function, *job.arguments, while_trips=1, kernel_flops=splash_flops
-        )
+def program_flops(job: Job) -> tuple[float, bool]:
+    """FLOPs of all matrix products of one run over all devices, recomputation included, and whether
+    they are exact: a loop whose length depends on data is counted once."""
+
+    def count(trips: int | None) -> float:
+        with _on(job.mesh):
+            return flops_lib.count_flops(
+                job.function, *job.arguments, while_trips=trips, kernel_flops=splash_flops
+            )
+
+    try:
+        return count(None), True
+    except flops_lib.UnknownLengthError:
+        return count(1), False
 
 
 @contextlib.contextmanager
@@ -299,6 +307,7 @@ def report(job: Job, topology: str) -> dict[str, Any]:
     Raises DoesNotFitError if its peak exceeds the memory of a chip.
     """
     kind = _kind(job.mesh)
+    counted, exact = program_flops(job)
     numbers = {
         "topology": topology,
         "device": kind,
@@ -306,7 +315,7 @@ def report(job: Job, topology: str) -> dict[str, Any]:
         "mesh": dict(job.mesh.shape),
         "bytes_per_device": dict(job.sizes),
         "tokens": job.tokens,
-        "flops": {"model": job.model_flops, "program": program_flops(job)},
+        "flops": {"model": job.model_flops, "program": counted, "exact": exact},
         "parameters": sharding_report(job.model, job.mesh),
     }
     if isinstance(job.mesh, AbstractMesh):
@@ -321,7 +330,7 @@ def report(job: Job, topology: str) -> dict[str, Any]:
             raise DoesNotFitError(advice(job, reason))
     program = Program(text)
     collectives = program.collectives(dict(job.mesh.shape))
-    time_of = estimate(job, work_of(job, program, numbers["flops"]["program"]))
+    time_of = estimate(job, work_of(job, program, counted))
     if far := sum(row.sent for row in collectives if row.between_slices):
         time_of["note"] += f"; {far / 1e9:.3g} GB per device between slices are not in it"
     return numbers | {
@@ -421,7 +430,8 @@ def format_report(numbers: dict[str, Any]) -> str:
         ),
         "GB per device: " + ", ".join(f"{name} {size:.2f}" for name, size in gb.items()),
         f"FLOPs: model {numbers['flops']['model']:.3e} (analytic), program "
-        f"{numbers['flops']['program']:.3e} (products of the traced program)",
+        f"{'' if numbers['flops']['exact'] else 'at least '}{numbers['flops']['program']:.3e} "
+        "(products of the traced program)",
     ]
     for row in numbers.get("collectives", ()):
         lines.append(f"  {row['kind']} over {_reach(row)}: {row['count']} x {row['bytes']:,} bytes")

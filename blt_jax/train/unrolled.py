@@ -37,7 +37,7 @@ def unrolled_estimate(config: Pretraining, phase: Phase, mesh: Mesh) -> dict[str
         few = dataclasses.replace(phase, model=replace_stacks(model, changes))
         job = train_job(config, few, mesh)
         _, text, _ = compile_job(job)
-        return work_of(job, Program(text), program_flops(job))
+        return work_of(job, Program(text), program_flops(job)[0])
 
     one = dict.fromkeys(depths, 1)
     first = total = work(one)
