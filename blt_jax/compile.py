@@ -5,9 +5,11 @@ python -m blt_jax.compile --config=experiments/blt.py:blt_8b --topology=v5p:4x4x
 Fields of the config are overridden by flags after --config, as in blt_jax.run. TPU topologies
 (chip:AxB or AxBxC) need the package libtpu; cuda:N stops at lowering. --program: train (the step
 of --part and --phase), prefill or decode. --sweep tries meshes, remat policies and batch sizes.
+--estimate=unrolled adds the time from programs of one and two layers without a loop over them.
 """
 
 import sys
+from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
@@ -41,6 +43,13 @@ def parse(argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer(name, default, text, flag_values=values)
     programs = ["train", "prefill", "decode"]
     flags.DEFINE_enum("program", "train", programs, "what to compile", flag_values=values)
+    flags.DEFINE_enum(
+        "estimate",
+        "scanned",
+        ["scanned", "unrolled"],
+        "time of the step by loops times their trip counts, or also from one and two layers",
+        flag_values=values,
+    )
     flags.DEFINE_bool("sweep", False, "table over meshes, remat, rows", flag_values=values)
     lists = {
         "sweep_data": ("1", "sizes of the mesh axis data that --sweep tries"),
@@ -65,7 +74,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
     rest = values(argv)[1:]
     if rest:
         raise flags.Error(f"unexpected argument {rest[0]!r}")
-    topologies.is_tpu(values.topology)
+    tpu = topologies.is_tpu(values.topology)
+    if values.estimate == "unrolled" and (values.sweep or values.program != "train" or not tpu):
+        raise ValueError(
+            "--estimate=unrolled: only for --program=train on a TPU topology, without --sweep"
+        )
     return values
 
 
@@ -91,9 +104,19 @@ def run(values: flags.FlagValues) -> None:
             if values.output:
                 compilation.write_report(numbers, values.output)
             raise
+        if values.estimate == "unrolled":
+            numbers["unrolled_estimate"] = _unrolled_estimate(values, mesh)
         print(compilation.format_report(numbers))
     if values.output:
         compilation.write_report(numbers, values.output)
+
+
+def _unrolled_estimate(values: flags.FlagValues, mesh: Callable) -> dict:
+    from blt_jax.train import compilation, unrolled
+
+    _, config = compilation.select_part(values.config, values.part)
+    phase = compilation.select_phase(config, values.phase)
+    return unrolled.unrolled_estimate(config, phase, mesh(values.config.mesh))
 
 
 def _sweep_axes(values: flags.FlagValues):

@@ -11,25 +11,55 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "--config=experiments/llama3.py:smoke"
 
 
-def program(*arguments):
-    """Runs the command in a process of its own: one that loaded libtpu cannot profile any more."""
-    return subprocess.run(
-        [sys.executable, "-m", "blt_jax.compile", *arguments],
+DRIVER = """
+import contextlib, io, json, sys
+from blt_jax import compile
+results = []
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = compile.main(["compile", *arguments])
+    results.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(results))
+"""
+
+
+def programs(*command_lines):
+    """(status, output, errors) of each command, in one process that is not this one: a process
+    that loaded libtpu cannot profile any more."""
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(command_lines)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
+    assert result.returncode == 0, result.stderr
+    assert "Involuntary full rematerialization" not in result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def reports(folder, *command_lines):
+    """The reports of commands that must all succeed, and the output of the first."""
+    files = [folder / f"{index}.json" for index in range(len(command_lines))]
+    outputs = programs(
+        *((*line, f"--output={file}") for line, file in zip(command_lines, files, strict=True))
+    )
+    for status, _, errors in outputs:
+        assert status == 0, errors
+    return [json.loads(file.read_text()) for file in files], outputs[0][1]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    path = tmp_path_factory.mktemp("compile") / "report.json"
     mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    result = program(SMOKE, "--topology=v5e:2x2", *mesh, f"--output={path}")
-    assert result.returncode == 0, result.stderr
-    assert "Involuntary full rematerialization" not in result.stderr
-    return json.loads(path.read_text()), result.stdout
+    stack = ("num_layers=6", "d_model=256", "mlp_dim=1024")
+    deep = [f"--config.model.transformer.{setting}" for setting in stack]
+    deep += ["--config.data.batch_size=64", "--config.data.sequence_length=128"]
+    deep += ["--estimate=unrolled"]
+    folder = tmp_path_factory.mktemp("compile")
+    (numbers,), text = reports(folder, (SMOKE, "--topology=v5e:2x2", *mesh, *deep))
+    return numbers, text
 
 
 def test_report_of_a_train_step(report):
@@ -47,57 +77,102 @@ def test_report_of_a_train_step(report):
     assert "not measured" in text and "transformer/layers/mlp/gate" in text
 
 
+def test_unrolled_layers_estimate_what_the_loop_over_them_does(report):
+    numbers, text = report
+    scanned, unrolled = numbers["estimate"], numbers["unrolled_estimate"]
+    assert unrolled["program_flops"] == pytest.approx(numbers["flops"]["program"], rel=1e-6)
+    for name in ("collectives_hidden", "collectives_exposed"):
+        assert unrolled["step_seconds"][name] == pytest.approx(
+            scanned["step_seconds"][name], rel=0.03
+        )
+    assert "from unrolled layers: estimated step" in text
+
+
 def test_a_run_that_does_not_fit_names_a_lever():
     big = [f"--config.model.transformer.{name}" for name in ("d_model=1024", "num_heads=8")]
     rows = ("--config.data.batch_size=4096", "--config.data.sequence_length=4096")
-    result = program(SMOKE, "--topology=v5e:1x1", *big, *rows)
-    assert result.returncode == 1
-    assert "does not fit" in result.stderr and "parameters 0.0" in result.stderr
-    assert "--config.model.transformer.remat=FULL" in result.stderr
-    assert "--config.accumulation=4096" in result.stderr
+    ((status, _, errors),) = programs((SMOKE, "--topology=v5e:1x1", *big, *rows))
+    assert status == 1
+    assert "does not fit" in errors and "parameters 0.0" in errors
+    assert "--config.model.transformer.remat=FULL" in errors
+    assert "--config.accumulation=4096" in errors
 
 
 def test_sweep(tmp_path):
-    path = tmp_path / "sweep.json"
     tried = ("--sweep", "--sweep_tensor=1,2", "--sweep_rows=4,8", "--sweep_remat=FULL")
-    result = program(SMOKE, "--topology=v5e:2x2", *tried, f"--output={path}")
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(path.read_text())
+    (rows,), text = reports(tmp_path, (SMOKE, "--topology=v5e:2x2", *tried))
     assert {(row["tensor"], row["rows"]) for row in rows} == {(1, 4), (1, 8), (2, 4), (2, 8)}
     assert all("problem" not in row for row in rows) and any(row["pareto"] for row in rows)
-    assert "| data | fsdp | tensor | remat | rows |" in result.stdout
+    assert "| data | fsdp | tensor | remat | rows |" in text
 
 
-def test_decode_step(tmp_path):
-    path = tmp_path / "decode.json"
-    options = ("--topology=v5e:2x2", "--program=decode", "--batch=8", "--length=256")
-    result = program(SMOKE, *options, f"--output={path}")
-    assert result.returncode == 0, result.stderr
-    numbers = json.loads(path.read_text())
-    assert numbers["tokens"] == 8 and "optimizer" not in numbers["bytes_per_device"]
-    cache = 2 * 8 * 2 * 256 * 8 * 2  # keys and values, rows, heads, slots, width, bfloat16
-    assert numbers["bytes_per_device"]["inputs"] >= cache / 4
+MODELS = ("llama3", "blt", "megalodon")
+
+
+@pytest.fixture(scope="module")
+def inference(tmp_path_factory):
+    """Reports of prefill and decode of every model that decodes, by (model, program)."""
+    names = [(model, program) for model in MODELS for program in ("prefill", "decode")]
+    lines = [
+        (
+            f"--config=experiments/{model}.py:smoke",
+            *("--topology=v5e:2x2", f"--program={program}", "--batch=8", "--length=64"),
+        )
+        for model, program in names
+    ]
+    found, _ = reports(tmp_path_factory.mktemp("inference"), *lines)
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_prefill_and_decode_step(model, inference):
+    prefill, decode = (inference[model, program] for program in ("prefill", "decode"))
+    assert (prefill["tokens"], decode["tokens"]) == (8 * 64, 8)
+    for numbers in (prefill, decode):
+        sizes = numbers["bytes_per_device"]
+        assert "optimizer" not in sizes and sizes["arguments"] <= sizes["peak"] < sizes["memory"]
+        assert numbers["flops"]["program"] > 0
+    kept = [numbers["bytes_per_device"]["parameters"] for numbers in (prefill, decode)]
+    assert kept[0] == kept[1]
+    own = sum(row["bytes_per_device"] for row in prefill["parameters"])
+    # A BLT decodes with its entropy model.
+    assert kept[0] > own if model == "blt" else kept[0] == own
+
+
+def test_the_cache_is_an_input_of_a_decode_step(inference):
+    keys_and_values = 2 * 8 * 4 * 64 * 8 * 2  # rows, heads, slots, width, bfloat16
+    for program, least in (("prefill", 0), ("decode", keys_and_values / 4)):
+        assert inference["llama3", program]["bytes_per_device"]["inputs"] >= least
+
+
+def test_data_axis_across_slices(tmp_path):
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+    (numbers,), _ = reports(tmp_path, (SMOKE, "--topology=v5e:2x2", "--slices=2", *mesh))
+    assert numbers["devices"] == 8
+    assert {name: numbers["mesh"][name] for name in ("data", "fsdp")} == {"data": 2, "fsdp": 4}
+    across = [row for row in numbers["collectives"] if row["between_slices"]]
+    # Weights stay inside a slice: only sums (of gradients, metrics) cross.
+    assert {row["kind"] for row in across} == {"all-reduce"}
+    own = numbers["bytes_per_device"]["parameters"]
+    assert own / 2 <= sum(row["sent"] for row in across) < 4 * own  # gradients in bfloat16
+    assert "between slices are not in it" in numbers["estimate"]["note"]
 
 
 def test_lowering_for_cuda(tmp_path):
-    path = tmp_path / "cuda.json"
-    result = program(SMOKE, "--topology=cuda:8", f"--output={path}")
-    assert result.returncode == 0, result.stderr
-    numbers = json.loads(path.read_text())
+    (numbers,), _ = reports(tmp_path, (SMOKE, "--topology=cuda:8"))
     assert numbers["devices"] == 8 and numbers["module_bytes"] > 10_000
     assert "not compiled" in numbers["estimate"]["note"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((SMOKE, "--topology=v9:2x2"), "v4, v5e, v5p, v6e"),
+def test_bad_command_lines():
+    expected = [
         ((SMOKE, "--topology=v5e:3x999"), "libtpu does not know it"),
         (("--config=experiments/llama3.py:nothing",), "its runs are"),
         ((SMOKE, "--topology=v5e:2x2", "--part=blt"), "--part=blt"),
         ((SMOKE, "--topology=v5e:2x2", "--phase=7"), "phases 0..1"),
-    ],
-)
-def test_bad_command_lines(arguments, message):
-    result = program(*arguments)
-    assert result.returncode == 2 and message in result.stderr
+        ((SMOKE, "--topology=cuda:8", "--estimate=unrolled"), "only for --program=train"),
+        ((SMOKE, "--topology=v9:2x2"), "v4, v5e, v5p, v6e"),
+    ]
+    results = programs(*(line for line, _ in expected))
+    for (line, message), (status, _, errors) in zip(expected, results, strict=True):
+        assert status == 2 and message in errors, line

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules, constrain
@@ -68,7 +69,7 @@ class Head(nn.Module):
         return head_logits(x, kernel, self.sharding)
 
 
-def check_token_ids(name: str, ids: jax.Array) -> None:
+def check_token_ids(name: str, ids: jax.Array | np.ndarray) -> None:
     """Raises TypeError unless ids have an integer type (a float array would be truncated)."""
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{name} has dtype {ids.dtype}: token ids must be integers")

@@ -66,6 +66,10 @@ class Model(nn.Module):
         """Forward pass and training objective of one batch."""
         raise NotImplementedError(f"{type(self).__name__} has no loss()")
 
+    def check_batch(self, batch: dict[str, Any]) -> None:
+        """Raises ValueError for rows (numpy arrays of a batch, before they reach a device) that
+        would give a silently wrong loss: what a compiled program cannot look for."""
+
     def flops_per_token(self, context_length: int) -> float:
         """Forward FLOPs per input token, analytic; the backward pass costs twice as much."""
         raise NotImplementedError(f"{type(self).__name__} has no flops_per_token()")

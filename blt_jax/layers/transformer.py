@@ -55,7 +55,9 @@ class Remat(enum.Enum):
     SAVE_DOTS = "save_dots"
     FULL = "full"
 
-    def wrap(self, block: type[nn.Module]) -> type[nn.Module]:
+    def wrap(self, block: type[nn.Module], scanned: bool) -> type[nn.Module]:
+        """The block under this policy; scanned: the body of a loop over layers, out of which the
+        compiler shares nothing with the backward pass anyway."""
         policies = jax.checkpoint_policies
         policy = {
             Remat.SAVE_NAMES: policies.save_only_these_names("qkv", "attention", "block_out"),
@@ -64,7 +66,7 @@ class Remat(enum.Enum):
         }
         if self is Remat.NONE:
             return block
-        return nn.remat(block, prevent_cse=False, policy=policy[self])
+        return nn.remat(block, prevent_cse=not scanned, policy=policy[self])
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -262,7 +264,7 @@ def scan_blocks(
     scan is unrolled."""
     length = config.num_layers if length is None else length
     return nn.scan(
-        config.remat.wrap(block),
+        config.remat.wrap(block, config.scan_layers),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0,) * num_scanned + (nn.broadcast,) * num_broadcast,

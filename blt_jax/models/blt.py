@@ -29,6 +29,7 @@ is there exactly when their widths differ. Byte-ifying Llama 3 and the robustnes
 this file.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -109,9 +110,9 @@ VOCAB_SIZE = blt_patching.VOCAB_SIZE
 
 
 def check_inputs(
-    tokens: Array,
-    starts: Array | None = None,
-    segment_ids: Array | None = None,
+    tokens: Array | np.ndarray,
+    starts: Array | np.ndarray | None = None,
+    segment_ids: Array | np.ndarray | None = None,
     pieces: int = 1,
 ) -> None:
     """Raises ValueError for inputs that would give a silently wrong result.
@@ -201,23 +202,30 @@ class NgramEmbedding(nn.Module):
         """history: tokens before each one that its n-grams may reach."""
         config = self.config
         init = truncated_normal(self.d_model**-0.5)
-        init = nn.with_logical_partitioning(init, ("ngram", None))
+        init = nn.with_logical_partitioning(init, (None, "ngram"))
         rows, reach, before = tokens, history, 0
         if self.pieces > 1 and config.tables:
             before = max(size for _, size in config.tables) - 1
             rows = with_previous_tokens(tokens, segment_ids, self.pieces, before)
             reach = jnp.pad(split(history, self.pieces), ((0, 0), (0, 0), (before, 0)))
             rows, reach = (x.reshape(-1, x.shape[2]) for x in (rows, reach))
+        # A device looks up its columns for the rows of all that share a table. Were the tables
+        # divided by rows, each would have a gradient of the size of all of them.
+        others = tuple(axis for axis in self.sharding.batch if axis not in self.sharding.ngram)
+        columns = dataclasses.replace(self.sharding, batch=others)
+        total = jnp.zeros_like(x)
         for function, size in config.tables:
             shape = (config.vocab_size, self.d_model)
             table = self.param(f"f{function}_n{size}", init, shape, jnp.float32)
-            table = constrain(table, ("ngram", None), self.sharding)
+            table = constrain(table, (None, "ngram"), self.sharding)
             ids = self._ids(rows, reach, function, size)[:, before:].reshape(tokens.shape)
+            ids = constrain(ids, ("batch", "length"), columns)
             # One gather per table: one gather from a stacked table is several times slower.
             found = jnp.take(table, ids, axis=0).astype(x.dtype)
             if config.start is NgramStart.SKIP:
                 found = jnp.where((history >= size - 1)[..., None], found, 0)
-            x = x + found
+            total = constrain(total + found, ("batch", "length", "ngram"), columns)
+        x = x + constrain(total, ("batch", "length", "embed_act"), self.sharding)
         if config.normalize and config.tables:
             x = x * (1.0 / (len(config.tables) + 1))
         return constrain(x, ("batch", "length", "embed_act"), self.sharding)
@@ -640,6 +648,10 @@ class BLT(Model):
             return self.head(x), x, key_values
 
     # ------------------------------------------------------------------------------- loss
+
+    def check_batch(self, batch: dict[str, Any]) -> None:
+        """As Model.check_batch: ids, patches at the start of documents and of pieces of rows."""
+        check_inputs(batch["tokens"], batch["starts"], batch["segment_ids"], self.config.row_pieces)
 
     def loss(self, params, batch: dict[str, jax.Array], key: jax.Array | None = None) -> LossSums:
         """Cross-entropy of the counted targets (nats and bytes of Eq. 18).

@@ -184,10 +184,9 @@ class BLTDecoder:
             raise ValueError(f"capacity={capacity}: must be >= 1 byte")
         if patcher.kind is PatcherKind.TOPK:
             raise ValueError("patcher TOPK is not causal: generation cannot use it")
-        needs_model = patcher.needs_entropies or patcher.kind is PatcherKind.BPE_PATCHER
-        if needs_model and (entropy_model is None or entropy_params is None):
+        if patcher.needs_model and (entropy_model is None or entropy_params is None):
             raise ValueError(f"patcher {patcher.kind.name} needs an entropy model and its params")
-        if not needs_model:
+        if not patcher.needs_model:
             entropy_model = entropy_params = None
         zero = jnp.zeros((1,), jnp.int32)
         value = jnp.zeros((1,), jnp.float32)

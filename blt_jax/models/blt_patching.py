@@ -402,6 +402,11 @@ class PatcherConfig:
         """Whether `starts` wants entropies."""
         return self.kind in ENTROPY_KINDS or self.kind is PatcherKind.TOPK
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether decoding runs an entropy model: for its entropies or its predictions."""
+        return self.needs_entropies or self.kind is PatcherKind.BPE_PATCHER
+
     def _check_calibrated(self) -> None:
         field = "relative_threshold" if self.kind is PatcherKind.MONOTONIC else "threshold"
         if self.kind in ENTROPY_KINDS and not getattr(self, field):

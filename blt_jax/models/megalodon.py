@@ -482,7 +482,7 @@ def run_blocks(
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     keys = None if key is None else jax.random.split(key, config.num_layers)
     stack = nn.scan(
-        config.remat.wrap(Block),
+        config.remat.wrap(Block, config.scan_layers),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),

@@ -5,7 +5,7 @@ a few letters at the start of a row has to be named again after noise.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -131,17 +131,19 @@ def _figure(config: LongContext, totals: np.ndarray) -> Any:
 
 
 class RecallBatches:
-    """Batches of the recall task without end; batch i depends on the seed and i alone."""
+    """Batches of the recall task without end; batch i depends on the seed and i alone.
 
-    def __init__(self, config: DataConfig, gaps: tuple[int, ...]):
-        self._config, self._gaps, self._next = config, gaps, 0
+    rows: those of each batch that are made.
+    """
+
+    def __init__(self, config: DataConfig, gaps: tuple[int, ...], rows: Sequence[int]):
+        self._config, self._gaps, self._rows, self._next = config, gaps, rows, 0
 
     def __iter__(self) -> Iterator:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        rows = self._config.batch_size // jax.process_count()
-        first = self._next * self._config.batch_size + jax.process_index() * rows
+        first = self._next * self._config.batch_size
         self._next += 1
         parts = [
             recall_rows(
@@ -150,7 +152,7 @@ class RecallBatches:
                 length=self._config.sequence_length,
                 seed=(self._config.seed, int(self._config.split.value == "train"), i),
             )
-            for i in range(first, first + rows)
+            for i in (first + row for row in self._rows)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -172,9 +174,10 @@ def run_recall(
             f"not {config.data.sequence_length} and {config.model.vocab_size}"
         )
     config = dataclasses.replace(config, evaluation=EvaluationConfig(batches=batches))
-    fit = config.fit(context, batches=lambda data: RecallBatches(data, gaps))
+    fit = config.fit(context, batches=lambda data, rows: RecallBatches(data, gaps, rows))
     numbers = {"recall_accuracy": fit.metrics["accuracy"]}
     held_out = evaluation_config(config.data)
+    every = range(held_out.batch_size)
 
     @jax.jit
     def accuracy(params, batch):
@@ -183,6 +186,6 @@ def run_recall(
         return right.sum() / batch["target_mask"].sum()
 
     for gap in gaps:
-        batch = next(RecallBatches(held_out, (gap,)))
+        batch = next(RecallBatches(held_out, (gap,), every))
         numbers[f"recall_accuracy_{gap}"] = float(accuracy(fit.params, batch))
     return numbers

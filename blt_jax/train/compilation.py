@@ -142,7 +142,7 @@ def train_job(config: Pretraining, phase: Phase, mesh: Mesh, prefix: str = "") -
 
 
 def inference_job(
-    model: Model,
+    models: tuple[Model, ...],
     function: Callable,
     inputs: tuple,
     mesh: Mesh,
@@ -150,10 +150,10 @@ def inference_job(
     tokens: int,
     context: int,
 ) -> Job:
-    """`function(params, *inputs)` with the parameters as they lie in training; batch axes of the
-    inputs (the first of every array) are divided over the axes of `batch`."""
-    shapes, shardings = state_lib.abstract_params(model), param_shardings(model, mesh)
-    rows = NamedSharding(mesh, model.sharding.spec(("batch",)))
+    """`function(*params, *inputs)`, the parameters of every model as they lie in training; batch
+    axes of the inputs (the first of every array) are divided over the axes of `batch`."""
+    params = [placed(state_lib.abstract_params(x), param_shardings(x, mesh)) for x in models]
+    rows = NamedSharding(mesh, models[0].sharding.spec(("batch",)))
     everywhere = NamedSharding(mesh, PartitionSpec())
     parts = rows.shard_shape((mesh.size,))[0]
     inputs = jax.tree.map(
@@ -164,20 +164,20 @@ def inference_job(
         ),
         inputs,
     )
-    sizes = {
-        "parameters": bytes_per_device(shapes, shardings),
-        "inputs": bytes_per_device(inputs, jax.tree.map(lambda x: x.sharding, inputs)),
-    }
+
+    def size(tree):
+        return bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree))
+
     return Job(
         function=function,
-        arguments=(placed(shapes, shardings), *inputs),
+        arguments=(*params, *inputs),
         out_shardings=None,
         donated=(),
         mesh=mesh,
-        sizes=sizes,
-        model_flops=model.flops_per_token(context) * tokens,
+        sizes={"parameters": size(params), "inputs": size(inputs)},
+        model_flops=sum(x.flops_per_token(context) for x in models) * tokens,
         tokens=tokens,
-        model=model,
+        model=models[0],
         levers=("a smaller --batch", "a smaller --length", "more devices along fsdp or tensor"),
     )
 
@@ -187,6 +187,16 @@ def stacks_of(model: ModelConfig) -> list[tuple[tuple[str, ...], Any]]:
     parts = [((), model)]
     parts += [((field.name,), getattr(model, field.name)) for field in dataclasses.fields(model)]
     return [(name, part) for name, part in parts if hasattr(part, "remat")]
+
+
+def replace_stacks(model: ModelConfig, changes: dict[tuple[str, ...], dict]) -> ModelConfig:
+    """A copy with other values of fields in the parts of these paths (see `stacks_of`)."""
+    changed = {}
+    for name, values in changes.items():
+        if name:
+            values = {name[0]: dataclasses.replace(getattr(model, name[0]), **values)}
+        changed |= values
+    return dataclasses.replace(model, **changed)
 
 
 def _levers(config: Pretraining, phase: Phase, mesh: Mesh, prefix: str) -> tuple[str, ...]:
@@ -223,12 +233,20 @@ def _on(mesh: Mesh | AbstractMesh):
     return jax.set_mesh(mesh)
 
 
-def program_flops(job: Job) -> float:
-    """FLOPs of all matrix products of one run over all devices, recomputation included."""
-    with _on(job.mesh):
-        return flops_lib.count_flops(
-            job.function, *job.arguments, while_trips=1, kernel_flops=splash_flops
-        )
+def program_flops(job: Job) -> tuple[float, bool]:
+    """FLOPs of all matrix products of one run over all devices, recomputation included, and whether
+    they are exact: a loop whose length depends on data is counted once."""
+
+    def count(trips: int | None) -> float:
+        with _on(job.mesh):
+            return flops_lib.count_flops(
+                job.function, *job.arguments, while_trips=trips, kernel_flops=splash_flops
+            )
+
+    try:
+        return count(None), True
+    except flops_lib.UnknownLengthError:
+        return count(1), False
 
 
 @contextlib.contextmanager
@@ -289,6 +307,7 @@ def report(job: Job, topology: str) -> dict[str, Any]:
     Raises DoesNotFitError if its peak exceeds the memory of a chip.
     """
     kind = _kind(job.mesh)
+    counted, exact = program_flops(job)
     numbers = {
         "topology": topology,
         "device": kind,
@@ -296,7 +315,7 @@ def report(job: Job, topology: str) -> dict[str, Any]:
         "mesh": dict(job.mesh.shape),
         "bytes_per_device": dict(job.sizes),
         "tokens": job.tokens,
-        "flops": {"model": job.model_flops, "program": program_flops(job)},
+        "flops": {"model": job.model_flops, "program": counted, "exact": exact},
         "parameters": sharding_report(job.model, job.mesh),
     }
     if isinstance(job.mesh, AbstractMesh):
@@ -311,10 +330,12 @@ def report(job: Job, topology: str) -> dict[str, Any]:
             raise DoesNotFitError(advice(job, reason))
     program = Program(text)
     collectives = program.collectives(dict(job.mesh.shape))
-    counted = numbers["flops"]["program"]
+    time_of = estimate(job, work_of(job, program, counted))
+    if far := sum(row.sent for row in collectives if row.between_slices):
+        time_of["note"] += f"; {far / 1e9:.3g} GB per device between slices are not in it"
     return numbers | {
         "collectives": [dataclasses.asdict(row) for row in collectives],
-        "estimate": _estimate(job, chip, counted, program, collectives),
+        "estimate": time_of,
         "compile_seconds": round(seconds, 1),
     }
 
@@ -343,29 +364,55 @@ def _memory(compiled: Any) -> dict[str, int]:
     return sizes | {"peak": sum(sizes.values())}
 
 
-def _estimate(job: Job, chip, counted: float, program: Program, collectives) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one run of a program costs: FLOPs of products over all devices; bytes per device moved
+    for products, for everything else, and sent to other devices."""
+
+    flops: float
+    products: float
+    others: float
+    sent: float
+
+    def scaled(self, factor: float) -> "Work":
+        return Work(*(factor * value for value in dataclasses.astuple(self)))
+
+    def plus(self, other: "Work") -> "Work":
+        return Work(
+            *(
+                a + b
+                for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+            )
+        )
+
+
+def work_of(job: Job, program: Program, flops: float) -> Work:
+    """The work of a compiled job, loops times their trip counts, without transfers between
+    slices."""
+    traffic = program.traffic()
+    collectives = program.collectives(dict(job.mesh.shape))
+    sent = sum(row.sent for row in collectives if not row.between_slices)
+    return Work(flops, traffic.products, traffic.others, float(sent))
+
+
+def estimate(job: Job, work: Work) -> dict[str, Any]:
+    """Time and MFU of `work` by the roofline of the chip, or a note that says why not."""
+    chip = flops_lib.chip(_kind(job.mesh))
     if chip is None or not chip.bandwidth or not chip.network:
         return {"note": f"no estimate: bandwidths of {_kind(job.mesh)} n/a"}
-    moved = program.traffic()
-    computing = counted / job.mesh.size / chip.flops
-    products = max(computing, moved.products / chip.bandwidth)
-    others = moved.others / chip.bandwidth
-    network = sum(row.sent for row in collectives) / chip.network
+    computing = work.flops / job.mesh.size / chip.flops
+    products = max(computing, work.products / chip.bandwidth)
+    others, network = work.others / chip.bandwidth, work.sent / chip.network
     ideal = job.model_flops / job.mesh.size / chip.flops
+    hidden, exposed = max(products + others, network), products + others + network
     return {
         "note": "roofline of data-sheet peaks; not measured",
         "products_at_peak_seconds": computing,
         "products_seconds": products,
         "other_memory_seconds": others,
         "collective_seconds": network,
-        "step_seconds": {
-            "collectives_hidden": max(products + others, network),
-            "collectives_exposed": products + others + network,
-        },
-        "mfu": {
-            "collectives_hidden": ideal / max(products + others, network),
-            "collectives_exposed": ideal / (products + others + network),
-        },
+        "step_seconds": {"collectives_hidden": hidden, "collectives_exposed": exposed},
+        "mfu": {"collectives_hidden": ideal / hidden, "collectives_exposed": ideal / exposed},
     }
 
 
@@ -383,24 +430,33 @@ def format_report(numbers: dict[str, Any]) -> str:
         ),
         "GB per device: " + ", ".join(f"{name} {size:.2f}" for name, size in gb.items()),
         f"FLOPs: model {numbers['flops']['model']:.3e} (analytic), program "
-        f"{numbers['flops']['program']:.3e} (products of the traced program)",
+        f"{'' if numbers['flops']['exact'] else 'at least '}{numbers['flops']['program']:.3e} "
+        "(products of the traced program)",
     ]
     for row in numbers.get("collectives", ()):
-        lines.append(
-            f"  {row['kind']} over {'+'.join(row['axes']) or 'one device'}: {row['count']} x "
-            f"{row['bytes']:,} bytes"
-        )
-    if "step_seconds" in numbers["estimate"]:
-        step, mfu = numbers["estimate"]["step_seconds"], numbers["estimate"]["mfu"]
-        lines.append(
-            f"estimated step (roofline, not measured): {step['collectives_hidden']:.3f} s with "
-            f"collectives hidden, {step['collectives_exposed']:.3f} s without; MFU "
-            f"{100 * mfu['collectives_hidden']:.0f} % and {100 * mfu['collectives_exposed']:.0f} %"
-        )
-    else:
-        lines.append(numbers["estimate"]["note"])
+        lines.append(f"  {row['kind']} over {_reach(row)}: {row['count']} x {row['bytes']:,} bytes")
+    lines.append(_format_estimate(numbers["estimate"]))
+    if "unrolled_estimate" in numbers:
+        lines.append(f"from unrolled layers: {_format_estimate(numbers['unrolled_estimate'])}")
     lines.append(f"compiled in {numbers['compile_seconds']:.1f} s")
     return "\n".join(lines)
+
+
+def _reach(collective: dict[str, Any]) -> str:
+    if collective["between_slices"]:
+        return "slices"
+    return "+".join(collective["axes"]) or "one device"
+
+
+def _format_estimate(numbers: dict[str, Any]) -> str:
+    if "step_seconds" not in numbers:
+        return numbers["note"]
+    step, mfu = numbers["step_seconds"], numbers["mfu"]
+    return (
+        f"estimated step ({numbers['note']}): {step['collectives_hidden']:.3f} s with "
+        f"collectives hidden, {step['collectives_exposed']:.3f} s without; MFU "
+        f"{100 * mfu['collectives_hidden']:.0f} % and {100 * mfu['collectives_exposed']:.0f} %"
+    )
 
 
 def write_report(numbers: Any, path: str) -> None:

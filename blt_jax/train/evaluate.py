@@ -96,6 +96,8 @@ def evaluate(
             if template is None:
                 raise ValueError("evaluate: this process has no batch at all, but others have")
             batch = {name: np.zeros_like(value) for name, value in template.items()}
+        else:
+            model.check_batch(batch)
         rows = rows or next(iter(batch.values())).shape[0]
         template = batch = _pad_rows(batch, rows)
         with jax.set_mesh(mesh):

@@ -67,6 +67,10 @@ def utilization(flops: float, seconds: float, devices: list) -> float | None:
     return flops / (seconds * peak * len(devices))
 
 
+class UnknownLengthError(ValueError):
+    """A program has a loop with matrix products whose length depends on data."""
+
+
 def count_flops(
     function: Callable,
     *args,
@@ -77,9 +81,9 @@ def count_flops(
 
     A scan counts its body times its length, a cond its largest branch (a choice by platform: of
     those that can be counted), a `shard_map` body once per device, a Pallas call its own cost
-    estimate. Loops of unknown length need `while_trips`;
-    without it they raise ValueError, as does a Pallas call without an estimate. kernel_flops gives
-    the FLOPs of such a call from its equation.
+    estimate. Loops of unknown length need `while_trips`; without it they raise UnknownLengthError.
+    A Pallas call without an estimate raises ValueError, unless kernel_flops gives its FLOPs from
+    the equation.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr, while_trips, kernel_flops)
 
@@ -155,7 +159,7 @@ def _count(jaxpr, while_trips: int | None, kernel_flops: Callable | None) -> flo
                 total += eqn.params["length"] * sum(inner)
             elif name == "while":
                 if while_trips is None and sum(inner) > 0:
-                    raise ValueError("a while loop of unknown length: give while_trips")
+                    raise UnknownLengthError("a while loop of unknown length: give while_trips")
                 total += (while_trips or 0) * sum(inner)
             elif name == "shard_map":
                 total += eqn.params["mesh"].size * sum(inner)

@@ -49,7 +49,8 @@ class Collective:
     """`count` runs per step of one collective over mesh `axes`, on buffers of `bytes` per device.
 
     bytes: of the whole (gathered) array; sent: what crosses a device's links in all runs, as a ring
-    does it.
+    does it. between_slices: over the data centre's network, which the host's runtime does with what
+    the device sends it; axes are empty then.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Collective:
     count: int
     bytes: int
     sent: float
+    between_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +137,33 @@ class Program:
                 results = array_bytes(x.result)
                 size = max(operands, max(results) if match.group(2) else sum(results))
                 axes = group_axes(x.rest, mesh_shape)
-                kind = (match.group(1), axes, size)
+                opcode = match.group(1)
+                if name.startswith("all-reduce-scatter"):  # of which devices keep their parts
+                    opcode = "reduce-scatter"
+                kind = (opcode, axes, size)
                 found[kind] = found.get(kind, 0) + times
         rows = [
             Collective(kind, axes, count, size, count * _sent(kind, size, axes, mesh_shape))
             for (kind, axes, size), count in found.items()
         ]
-        return sorted(rows, key=lambda row: -row.sent)
+        return sorted(rows + self._between_slices(), key=lambda row: -row.sent)
+
+    def _between_slices(self) -> list[Collective]:
+        """What is sent to the runtime that connects slices (a host transfer per collective)."""
+        found = {}
+        for name, times, _ in self.executed():
+            for x in self.computations[name].values():
+                kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.rest)
+                if x.opcode == "send" and kind:
+                    key = (
+                        kind[1].lower().replace("_", "-"),
+                        self._operand_bytes(name, x, False)[0],
+                    )
+                    found[key] = found.get(key, 0) + times
+        return [
+            Collective(kind, (), count, size, float(count * size), between_slices=True)
+            for (kind, size), count in found.items()
+        ]
 
     def traffic(self) -> Traffic:
         """Memory traffic of all executed instructions, loops times their trip counts."""

@@ -1,10 +1,11 @@
 """Experiments: the root of a config tree, and the one that pre-trains a model in phases."""
 
 import dataclasses
+import functools
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -239,14 +240,15 @@ class Pretraining(Experiment):
         patcher: Patcher | None = None,
         tokenizer: Tokenizer | None = None,
         params: Any = None,
-        batches: Callable[[DataConfig], Iterable] | None = None,
+        batches: Callable[[DataConfig, Sequence[int]], Iterable] | None = None,
         build: Callable[[ModelConfig], Model] | None = None,
     ) -> "Fit":
         """Trains (or continues) in `context.workdir`; returns the model and its parameters.
 
         patcher: start mask of a tokenized document, for models of patches. params: where to
-        start instead of a random initialisation. batches: makes the data stream of a config,
-        in place of `blt_jax.data.loader`. build: makes the module of a model config, in place of
+        start instead of a random initialisation. batches: makes the data stream of a config and
+        the rows of each batch that this process holds, in place of `blt_jax.data.loader`.
+        build: makes the module of a model config, in place of
         its own `build`.
         Raises ValueError if the workdir holds another configuration, MemoryError if the run
         cannot fit, NonFiniteError and Preempted as `train`.
@@ -270,16 +272,19 @@ class Fit:
 
 
 class _CountedBatches:
-    """An iterator of batches that counts row positions and those without a token."""
+    """An iterator of batches that the model checks; it counts row positions and those without a
+    token."""
 
-    def __init__(self, batches: Iterator):
-        self._batches, self.positions, self.padding = batches, 0, 0
+    def __init__(self, batches: Iterator, model: Model):
+        self._batches, self._model = batches, model
+        self.positions = self.padding = 0
 
     def __iter__(self) -> Iterator:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._batches)
+        self._model.check_batch(batch)
         if "segment_ids" in batch:
             self.positions += batch["segment_ids"].size
             self.padding += int(np.count_nonzero(batch["segment_ids"] == 0))
@@ -305,8 +310,8 @@ class _Fitting:
         if not self.config.logging.quiet and jax.process_index() == 0:
             print(line, flush=True)
 
-    def open_training_batches(self, data: DataConfig) -> "_CountedBatches":
-        self.training_batches = _CountedBatches(iter(self.open_batches(data)))
+    def open_training_batches(self, data: DataConfig, model: Model) -> "_CountedBatches":
+        self.training_batches = _CountedBatches(iter(self.open_batches(data)), model)
         return self.training_batches
 
     def packing_numbers(self) -> dict[str, float]:
@@ -323,14 +328,10 @@ class _Fitting:
         return numbers
 
     def open_batches(self, data: DataConfig) -> Iterable:
+        rows = process_rows(data.batch_size, self.batch_sharding)
         if self.batches is not None:
-            return self.batches(data)
-        return loader(
-            data,
-            tokenizer=self.tokenizer,
-            patcher=self.patcher,
-            rows=process_rows(data.batch_size, self.batch_sharding),
-        )
+            return self.batches(data, rows)
+        return loader(data, tokenizer=self.tokenizer, patcher=self.patcher, rows=rows)
 
     def evaluate(self, model: Model, state: TrainState) -> dict[str, float]:
         config = self.config
@@ -364,7 +365,7 @@ class _Fitting:
                     start=done,
                     stop=done + phase.steps,
                     step=steps[index],
-                    open_batches=lambda data=data: self.open_training_batches(data),
+                    open_batches=functools.partial(self.open_training_batches, data, models[index]),
                     source=source,
                     accumulation=self.config.phase_accumulation(phase),
                     flops_per_row=3.0 * flops * length,

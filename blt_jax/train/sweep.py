@@ -9,7 +9,13 @@ from jax.sharding import Mesh
 
 from blt_jax.dist.mesh import MeshConfig
 from blt_jax.layers.transformer import Remat
-from blt_jax.train.compilation import DoesNotFitError, report, stacks_of, train_job
+from blt_jax.train.compilation import (
+    DoesNotFitError,
+    replace_stacks,
+    report,
+    stacks_of,
+    train_job,
+)
 from blt_jax.train.pretraining import Phase, Pretraining
 
 
@@ -26,13 +32,10 @@ class Axes:
 
 def with_remat(config: Any, remat: Remat) -> Any:
     """A copy of a model config with this policy in every stack of layers that has one."""
-    changed = {}
-    for name, part in stacks_of(config):
-        if part.remat is not Remat.NONE:
-            changed |= (
-                {name[0]: dataclasses.replace(part, remat=remat)} if name else {"remat": remat}
-            )
-    return dataclasses.replace(config, **changed)
+    policies = {
+        name: {"remat": remat} for name, part in stacks_of(config) if part.remat is not Remat.NONE
+    }
+    return replace_stacks(config, policies)
 
 
 def with_rows(config: Pretraining, phase: Phase, rows: int) -> Phase:

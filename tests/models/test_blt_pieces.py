@@ -141,6 +141,15 @@ def test_patches_beyond_those_of_a_piece_are_left_out(batch):
     assert (ids == few).any()
 
 
+def test_rows_that_are_cut_wrongly_are_found_before_they_reach_a_device(batch):
+    model = config(row_pieces=PIECES, max_patches=PIECES * PATCHES).build()
+    rows = {name: np.array(value) for name, value in cut(batch).items()}
+    model.check_batch(rows)
+    rows["starts"][2, LENGTH] = False
+    with pytest.raises(ValueError, match=r"starts\[2, 16\] is false: every one of the 4 pieces"):
+        model.check_batch(rows)
+
+
 def test_bad_configurations():
     with pytest.raises(ValueError, match="max_patches=6: must be a multiple of row_pieces=4"):
         config(row_pieces=4, max_patches=6)

@@ -21,7 +21,6 @@ from blt_jax.recipes.blt_pretraining import BLTPretraining
 from blt_jax.train.configs import select_run
 from blt_jax.train.loop import LoggingConfig
 from blt_jax.train.pretraining import CheckpointingConfig, EvaluationConfig, Pretraining
-from blt_jax.train.step import batch_sharding, process_rows
 from tests.train.tiny_model import TinyConfig, tiny_experiment
 
 
@@ -61,11 +60,9 @@ class Faulty(Pretraining):
     """Pretraining whose input pipeline suffers faults."""
 
     def run(self, context):
-        sharding = batch_sharding(context.mesh, self.sharding)
-
-        def batches(data):
-            rows = loader(data, rows=process_rows(data.batch_size, sharding))
-            return FaultyBatches(rows) if data.repeat else rows
+        def batches(data, rows):
+            found = loader(data, rows=rows)
+            return FaultyBatches(found) if data.repeat else found
 
         return self.fit(context, batches=batches).metrics
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from blt_jax.dist.mesh import MeshConfig, make_mesh
 from blt_jax.layers.transformer import Remat, TransformerConfig
 from blt_jax.models import blt, llama3
-from blt_jax.train import flops
+from blt_jax.train import compilation, flops
 from blt_jax.train.state import abstract_params
 
 LENGTH = 256
@@ -88,12 +89,45 @@ def test_full_remat_adds_a_forward_pass_of_its_layers(config):
     assert counts[0] + 0.7 * again < counts[1] <= counts[0] + 1.05 * again
 
 
+def test_unrolled_layers_are_recomputed_too():
+    """The compiler may not take the products of the forward pass for those of the backward."""
+    settings = llama()
+    layers = dataclasses.replace(settings.transformer, remat=Remat.FULL)
+    compiled = []
+    for config in (settings, dataclasses.replace(settings, transformer=layers)):
+        _, gradient, params, data = forward_and_gradient(config.build())
+        compiled.append(jax.jit(gradient).lower(params, data).compile().cost_analysis()["flops"])
+    again = layers.flops_per_token(float(LENGTH)) * LENGTH
+    assert compiled[1] > compiled[0] + 0.6 * again
+
+
 def test_chips():
     assert flops.peak_flops("TPU v5 lite") == 197e12
     assert flops.peak_flops("TPU v5") == flops.peak_flops("TPU v5p") == 459e12
     assert flops.chip("TPU v6 lite").memory == 32e9
     assert flops.chip("NVIDIA H100 80GB HBM3").bandwidth == 3350e9
     assert flops.chip("cpu") is None and flops.peak_flops("cpu") is None
+
+
+def test_a_loop_whose_length_is_data_is_said_to_be_counted_once():
+    def looped(x, length):
+        return jax.lax.fori_loop(0, length, lambda _, y: y @ x, x)
+
+    x, length = jax.ShapeDtypeStruct((8, 8), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    job = compilation.Job(
+        function=looped,
+        arguments=(x, length),
+        out_shardings=None,
+        donated=(),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        sizes={},
+        model_flops=0.0,
+        tokens=1,
+        model=llama().build(),
+    )
+    assert compilation.program_flops(job) == (2 * 8**3, False)
+    exact = dataclasses.replace(job, function=lambda x, _: looped(x, 3))
+    assert compilation.program_flops(exact) == (3 * 2 * 8**3, True)
 
 
 def test_a_choice_by_platform_counts_the_branches_that_can_be_counted():

@@ -16,7 +16,7 @@ import pytest
 from blt_jax.data.loader import DataConfig, loader
 from blt_jax.dist.mesh import MeshConfig, make_mesh
 from blt_jax.dist.sharding import init_params
-from blt_jax.train import configs
+from blt_jax.train import configs, pretraining
 from blt_jax.train.checkpoint import Checkpoints, load_params
 from blt_jax.train.evaluate import evaluate
 from blt_jax.train.launch import run_experiment
@@ -61,8 +61,8 @@ def sigterm_at(step):
     """Batches that send SIGTERM to this process while the given batch is fetched."""
 
     class Stream:
-        def __init__(self, config):
-            self.inner, self.count = iter(loader(config)), 0
+        def __init__(self, config, rows):
+            self.inner, self.count = iter(loader(config, rows=rows)), 0
 
         def __iter__(self):
             return self
@@ -108,6 +108,18 @@ def test_resumed_after_sigterm_is_bitwise_the_same(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "whole")] == [4, 5, 8, 10, 12, 12]
     assert whole.metrics["bits_per_byte"] == parts.metrics["bits_per_byte"]
     assert whole.metrics["averaged_bits_per_byte"] != whole.metrics["bits_per_byte"]
+
+
+def test_batches_are_made_of_the_rows_of_this_process(tmp_path, monkeypatch):
+    asked = []
+
+    def batches(config, rows):
+        asked.append(list(rows))
+        return loader(config)
+
+    monkeypatch.setattr(pretraining, "process_rows", lambda size, _: range(size // 2, size))
+    fit(tmp_path, tiny_experiment(steps=1, evaluation=EvaluationConfig(batches=1)), batches=batches)
+    assert asked == [[4, 5, 6, 7]] * 2
 
 
 def phased(**changes):
