@@ -156,8 +156,8 @@ class ContrastiveDecoder:
     alpha, beta, amateur_temperature, form, masked: of `contrastive_logits`; the numbers may change
     without a new compile. amateur_context: prompt tokens, the last ones, that the amateur reads,
     0 all (Li et al.: 1). amateur_prompt: (tokens [B, T'], lengths [B]) that it reads instead.
-    A repetition penalty, and allowed ids that could be implausible, belong to the expert alone:
-    make it a `logits.ProcessedDecoder`.
+    allowed: bool [V], the only tokens that may follow, before plausibility is judged; None all.
+    A repetition penalty belongs to the expert alone: make it a `logits.ProcessedDecoder`.
     """
 
     expert: Decoder
@@ -170,6 +170,7 @@ class ContrastiveDecoder:
     masked: Masked = flax.struct.field(pytree_node=False, default=Masked.EXCLUDED)
     amateur_context: int = flax.struct.field(pytree_node=False, default=0)
     amateur_prompt: Any = None
+    allowed: Any = None
 
     @classmethod
     def create(
@@ -209,6 +210,13 @@ class ContrastiveDecoder:
     @property
     def capacity(self) -> int:
         return self.expert.capacity
+
+    def constrained(self, allowed: Bool[Array, " V"]) -> "ContrastiveDecoder":
+        """The decoder of these tokens alone: the plausible ones are found among them, so that
+        there is always one."""
+        if self.allowed is not None:
+            allowed = allowed & self.allowed
+        return self.replace(allowed=allowed)
 
     def prepare(self) -> "ContrastiveDecoder":
         return self.replace(expert=self.expert.prepare(), amateur=self.amateur.prepare())
@@ -256,7 +264,10 @@ class ContrastiveDecoder:
         V = self.vocab_size
         numbers = (self.alpha, self.beta, self.form, self.amateur_temperature, self.masked)
         with jax.named_scope("contrast"):
-            return contrastive_logits(expert[:, :V], amateur[:, :V], *numbers)
+            expert = expert[:, :V]
+            if self.allowed is not None:
+                expert = jnp.where(self.allowed[None, :], expert, -jnp.inf)
+            return contrastive_logits(expert, amateur[:, :V], *numbers)
 
 
 def check_tokenizers(expert: Any, amateur: Any) -> None:
