@@ -11,7 +11,7 @@ held-out problems differ from all training problems in their numbers or signs.
 import dataclasses
 import enum
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -22,7 +22,9 @@ THINGS = ("apples", "books", "coins", "cards", "shells", "stamps")
 GAINS = ("finds", "buys", "gets", "wins")
 LOSSES = ("loses", "sells", "drops", "eats")
 WORDS = ("has", "how", "many", "so", ".", "?", ";", "=", "+", "-")
-LARGEST_NUMBER = 99
+SMALLEST_START, LARGEST_START = 5, 39
+SMALLEST_CHANGE, LARGEST_CHANGE, MOST_CHANGES = 2, 9, 4
+LARGEST_NUMBER = LARGEST_START + MOST_CHANGES * LARGEST_CHANGE
 TOKENS = (
     *("<pad>", "<bos>", "<eos>"),
     *(WORDS + NAMES + THINGS + GAINS + LOSSES),
@@ -34,6 +36,11 @@ _IDS = {token: number for number, token in enumerate(TOKENS)}
 _TOKEN_BYTES = np.array([0, 0, 1, *(len(token) + 1 for token in TOKENS[3:])], np.int32)
 
 HELD_OUT_SHARE = 0.1
+
+# In ids, without BOS and EOS; a document has at most two of both, and BOS is no target.
+LONGEST_STORY = 8 + 4 * MOST_CHANGES
+LONGEST_WORKING = 2 + 6 * MOST_CHANGES
+LONGEST_DOCUMENT = 2 * (LONGEST_STORY + LONGEST_WORKING + 1)
 
 
 class Manner(enum.Enum):
@@ -100,7 +107,7 @@ def encode(text: str) -> list[int]:
         raise ValueError(f"word {error.args[0]!r} is not in word_problems.TOKENS") from None
 
 
-def decode(ids: Sequence[int]) -> str:
+def decode(ids: Iterable[int]) -> str:
     """The words of ids, special ones left out."""
     return " ".join(TOKENS[int(number)] for number in ids if number > EOS_ID)
 
@@ -122,15 +129,15 @@ def word_problem(*, seed: int | tuple[int, ...], split: Split) -> WordProblem:
 
 
 def _draw(generator: np.random.Generator) -> WordProblem | None:
-    start = value = int(generator.integers(5, 50))
+    start = value = int(generator.integers(SMALLEST_START, LARGEST_START + 1))
     changes, verbs = [], []
-    for _ in range(int(generator.integers(2, 5))):
-        size = int(generator.integers(2, 20))
+    for _ in range(int(generator.integers(2, MOST_CHANGES + 1))):
+        size = int(generator.integers(SMALLEST_CHANGE, LARGEST_CHANGE + 1))
         gains = bool(generator.integers(2))
         changes.append(size if gains else -size)
         verbs.append(_choose(generator, GAINS if gains else LOSSES))
         value += changes[-1]
-        if not 0 <= value <= LARGEST_NUMBER:
+        if value < 0:
             return None
     name, thing = _choose(generator, NAMES), _choose(generator, THINGS)
     problem = WordProblem(name, thing, start, tuple(changes), tuple(verbs))
@@ -167,16 +174,23 @@ def document(
     *, seed: int | tuple[int, ...], split: Split, shortcut_share: float = 0.3
 ) -> list[int]:
     """Ids of a document: BOS, one or two problems, EOS after each; all of one manner."""
+    return _document(seed, split, shortcut_share)[0]
+
+
+def _document(seed, split, shortcut_share) -> tuple[list[int], list[bool]]:
+    """Ids, and which of them a model learns to write: the workings."""
     if not 0 <= shortcut_share <= 1:
         raise ValueError(f"shortcut_share={shortcut_share}: must be 0..1")
     entropy = seed if isinstance(seed, tuple) else (seed,)
     generator = np.random.default_rng((*entropy, 1))
     manner = Manner.SHORTCUT if generator.random() < shortcut_share else Manner.WORKED
-    ids = [BOS_ID]
+    ids, learned = [BOS_ID], [False]
     for number in range(int(generator.integers(1, 3))):
         problem = word_problem(seed=(*entropy, 2, number), split=split)
-        ids += [*encode(f"{problem.story()} {problem.working(manner)}"), EOS_ID]
-    return ids
+        story, working = encode(problem.story()), [*encode(problem.working(manner)), EOS_ID]
+        ids += story + working
+        learned += [False] * len(story) + [True] * len(working)
+    return ids, learned
 
 
 def word_problem_rows(
@@ -189,7 +203,8 @@ def word_problem_rows(
 ) -> dict[str, np.ndarray]:
     """Batch [len(rows), length] as of `data.loader`: whole documents, the rest padding.
 
-    Row i depends on (seed, split, i) alone. Raises ValueError for rows that no document fits.
+    The workings alone are targets that count. Row i depends on (seed, split, i) alone. Raises
+    ValueError for a length that some document does not fit.
     """
     if length < LONGEST_DOCUMENT:
         raise ValueError(f"length={length}: must be >= {LONGEST_DOCUMENT}, the longest document")
@@ -202,7 +217,7 @@ def word_problem_rows(
         filled, segment = 0, 1
         while True:
             number = (seed, _number_of(split), int(row), segment)
-            ids = document(seed=number, split=split, shortcut_share=shortcut_share)
+            ids, learned = _document(number, split, shortcut_share)
             end = filled + len(ids) - 1
             if end > length:
                 break
@@ -210,14 +225,10 @@ def word_problem_rows(
             batch["tokens"][span], batch["targets"][span] = ids[:-1], ids[1:]
             batch["segment_ids"][span] = segment
             batch["positions"][span] = np.arange(len(ids) - 1)
-            batch["target_mask"][span] = True
+            batch["target_mask"][span] = learned[1:]
             batch["target_bytes"][span] = _TOKEN_BYTES[ids[1:]]
             filled, segment = end, segment + 1
     return batch
-
-
-LONGEST_DOCUMENT = 2 * 51
-"""Inputs of two problems of four changes."""
 
 
 def _number_of(split: Split) -> int:
