@@ -95,7 +95,7 @@ def contrastive_logits(
     As a distribution: p_e (p_e / p_a) ** beta over the plausible tokens. The numbers may be
     traced. Raises ValueError for alpha outside 0..1, beta < 0 or amateur_temperature <= 0.
     """
-    _check_numbers(alpha, beta, amateur_temperature)
+    check_strengths(alpha, beta, amateur_temperature)
     keep = plausible(expert, alpha)
     e = jnp.where(keep, expert.astype(jnp.float32), LOWEST_LOGIT)
     a = jnp.maximum(amateur.astype(jnp.float32) / amateur_temperature, LOWEST_LOGIT)
@@ -111,8 +111,8 @@ def contrastive_logits(
     return jnp.where(keep, scores, floor)
 
 
-def _check_numbers(alpha, beta, amateur_temperature):
-    """Checks the numbers that are known, that is not traced."""
+def check_strengths(alpha: Any, beta: Any, amateur_temperature: Any = 1.0) -> None:
+    """ValueError as of `contrastive_logits`, for the numbers that are known, that is not traced."""
     alpha, beta, amateur_temperature = (
         None if isinstance(number, jax.core.Tracer) else number
         for number in (alpha, beta, amateur_temperature)
@@ -190,7 +190,7 @@ class ContrastiveDecoder:
         if not 0 <= vocab_size <= min(sizes):
             raise ValueError(f"vocab_size={vocab_size}: must be 0..{min(sizes)}")
         decoder = cls(expert, amateur, vocab_size or sizes[0], **settings)
-        _check_numbers(decoder.alpha, decoder.beta, decoder.amateur_temperature)
+        check_strengths(decoder.alpha, decoder.beta, decoder.amateur_temperature)
         if decoder.beta > 2:
             warnings.warn(f"beta={decoder.beta} is strong: 0.5 is usual", stacklevel=2)
         if decoder.amateur_context < 0:

@@ -20,6 +20,7 @@ from blt_jax.data.sources import Split
 from blt_jax.data.word_problems import BOS_ID, EOS_ID, Manner, WordProblem
 from blt_jax.decoding.contrastive_decoding import (
     ContrastiveDecoder,
+    check_strengths,
     contrastive_scores,
     copy_rate,
     majority_vote,
@@ -108,6 +109,9 @@ class ContrastiveProblems(Experiment):
         for name in ("problems", "voters"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ContrastiveProblems.{name}={getattr(self, name)}: must be >= 1")
+        for alpha, beta in itertools.product((self.alpha, *self.alphas), (self.beta, *self.betas)):
+            check_strengths(alpha, beta)
+        SamplingConfig(temperature=self.temperature)  # checks it
         if not self.votes or min(self.votes) < 1:
             raise ValueError(f"ContrastiveProblems.votes={self.votes}: must be >= 1, not empty")
 

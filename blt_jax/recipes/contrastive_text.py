@@ -13,7 +13,11 @@ import numpy as np
 
 from blt_jax.data.loader import evaluation_config, open_documents
 from blt_jax.data.tokenizers import Tokenizer
-from blt_jax.decoding.contrastive_decoding import ContrastiveDecoder, contrastive_scores
+from blt_jax.decoding.contrastive_decoding import (
+    ContrastiveDecoder,
+    check_strengths,
+    contrastive_scores,
+)
 from blt_jax.decoding.decoder import token_decoder
 from blt_jax.decoding.sampling import SamplingConfig, generate
 from blt_jax.decoding.scoring import rank
@@ -56,6 +60,9 @@ class ContrastiveText(Experiment):
                 raise ValueError(f"ContrastiveText.{name}={getattr(self, name)}: must be >= 1")
         if not self.betas or 0.0 not in self.betas:
             raise ValueError(f"ContrastiveText.betas={self.betas}: must hold 0, the expert alone")
+        for beta in self.betas:
+            check_strengths(self.alpha, beta)
+        SamplingConfig(top_p=self.top_p)  # checks it
 
     def run(self, context: Context) -> dict[str, float]:
         """`rep_N`, `diversity`, `ranking_accuracy`, `above_repetition` by beta (suffix

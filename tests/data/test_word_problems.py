@@ -83,7 +83,9 @@ def test_share_of_shortcuts():
         assert result == answer
         return change == result
 
-    found = [np.mean([shortcut(number, share) for number in range(200)]) for share in (0, 0.3, 1)]
+    found = [
+        np.mean([shortcut(number, share) for number in range(200)]) for share in (0.0, 0.3, 1.0)
+    ]
     assert found[0] == 0 and 0.2 < found[1] < 0.4 and found[2] == 1
 
 
