@@ -111,7 +111,7 @@ def _problems(kind: AmateurKind) -> ContrastiveProblems:
         kind=kind,
         expert=on_stories(3, 128, 600),
         small=on_stories(1, 64, 300),
-        early_steps=60,
+        early_steps=120,
     )
 
 

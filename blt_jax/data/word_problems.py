@@ -11,7 +11,8 @@ held-out problems differ from all training problems in their numbers or signs.
 import dataclasses
 import enum
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,7 @@ def encode(text: str) -> list[int]:
         raise ValueError(f"word {error.args[0]!r} is not in word_problems.TOKENS") from None
 
 
-def decode(ids: Iterable[int]) -> str:
+def decode(ids: Any) -> str:
     """The words of ids, special ones left out."""
     return " ".join(TOKENS[int(number)] for number in ids if number > EOS_ID)
 
