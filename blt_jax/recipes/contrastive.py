@@ -378,7 +378,8 @@ def results(text: str) -> list[int]:
 def candidates(problem: WordProblem) -> tuple[str, ...]:
     """The true working; with the shortcut; without the last step; with a slip of one at the end."""
     right = [int(n) for n in np.cumsum((problem.start, *problem.changes))[1:]]
-    slipped = [*right[:-1], abs(right[-1] - 1)]
+    slip = -1 if right[-1] > 0 and right[-1] - 1 != problem.shortcut else 1
+    slipped = [*right[:-1], right[-1] + slip]
     start, changes = problem.start, problem.changes
     return (
         problem.working(),
