@@ -68,6 +68,9 @@ def test_repetition():
     assert contrastive_text.repetition([b""])["diversity"] == 1
 
 
+KINDS = (AmateurKind.NONE, AmateurKind.EARLY, AmateurKind.PROMPT, AmateurKind.SHORTENED)
+
+
 def context(folder):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     return make_context(folder, mesh, jax.random.key(0))
@@ -75,28 +78,26 @@ def context(folder):
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    """All kinds of amateurs of the smoke run's models, over one seed."""
+    """Four kinds of amateurs of the smoke run's models, over one seed."""
     folder = tmp_path_factory.mktemp("amateurs")
     smoke = runs.smoke()
     kinds = tuple(
-        (kind.value, dataclasses.replace(smoke, kind=kind, votes=(1,), voters=2))
-        for kind in AmateurKind
+        (kind.value, dataclasses.replace(smoke, kind=kind, votes=(1,), voters=2)) for kind in KINDS
     )
     return folder, AmateurComparison(runs=kinds, seeds=(0,)).run(context(folder))
 
 
 def test_kinds_of_amateurs_share_their_models(comparison):
     folder, numbers = comparison
-    assert sorted(path.name for path in (folder / "shared").iterdir()) == [
-        *("equal", "expert", "small")
-    ]
-    greedy = {numbers[f"{kind.value}/exact_match_alpha_0_beta_0"] for kind in AmateurKind}
+    trained = sorted(path.name for path in (folder / "shared").iterdir())
+    assert trained == ["expert", "small"]
+    greedy = {numbers[f"{kind.value}/exact_match_alpha_0_beta_0"] for kind in KINDS}
     assert greedy == {numbers["none/exact_match"]}
-    for kind in AmateurKind:
+    for kind in KINDS:
         for name in ("copy_rate", "vote_1", "ranking_accuracy", "ranking_above_shortcut"):
             assert 0 <= numbers[f"{kind.value}/{name}"] <= 1
     assert numbers["none/exact_match_gain"] == 0
-    rankings = {numbers[f"{kind.value}/ranking_accuracy"] for kind in AmateurKind}
+    rankings = {numbers[f"{kind.value}/ranking_accuracy"] for kind in KINDS}
     assert len(rankings) > 1
     for name in ("figures/amateurs.png", "texts/amateurs.txt", "comparison.json"):
         assert (folder / name).stat().st_size > 100
@@ -109,11 +110,8 @@ def test_a_run_on_text(tmp_path):
     numbers = config.run(context(tmp_path))
     for beta in ("0", "0.5"):
         assert 0 <= numbers[f"diversity_beta_{beta}"] <= 1
-        assert (
-            0
-            <= numbers[f"ranking_accuracy_beta_{beta}"]
-            <= numbers[f"above_repetition_beta_{beta}"]
-        )
+        best = numbers[f"ranking_accuracy_beta_{beta}"]
+        assert 0 <= best <= numbers[f"above_repetition_beta_{beta}"] <= 1
     assert numbers["diversity_true"] > 0
     assert "=== prompt" in (tmp_path / "texts" / "continuations.txt").read_text()
     assert (tmp_path / "figures" / "text.png").stat().st_size > 1000
