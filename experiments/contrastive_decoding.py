@@ -9,6 +9,8 @@ checkpoint is an amateur too, and less is copied from the question.
 trains an expert, a second one and a small model on arithmetic stories, of which 30 % are answered
 by copying the last number, and reports held-out exact match of every kind of amateur beside
 greedy decoding of the expert alone. `proof_text` does it on bytes of the Python standard library.
+`gsm8k` takes folders of converted Llamas: --config.expert=models/llama_65b and so on; its eight
+examples are a file of the user's.
 What was found is in docs/results/contrastive_decoding.md.
 """
 
@@ -17,8 +19,10 @@ import dataclasses
 from blt_jax.data import word_problems
 from blt_jax.data.loader import DataConfig
 from blt_jax.data.sources import SourceConfig
+from blt_jax.data.tokenizers import TokenizerConfig, TokenizerKind
 from blt_jax.models import llama3
 from blt_jax.recipes.contrastive import AmateurComparison, AmateurKind, ContrastiveProblems
+from blt_jax.recipes.contrastive_questions import ContrastiveQuestions
 from blt_jax.recipes.contrastive_text import ContrastiveText
 from blt_jax.train.configs import select_run
 from blt_jax.train.optimizer import Schedule
@@ -132,7 +136,20 @@ def proof_text() -> ContrastiveText:
     return ContrastiveText(expert=on_text(4, 128, 600), amateur=on_text(1, 64, 300))
 
 
-RUNS = (smoke, text_smoke, tiny, proof, proof_seeds, proof_text)
+def gsm8k() -> ContrastiveQuestions:
+    """The paper's setting for a pair of converted Llamas and GSM8K (needs their files)."""
+    return ContrastiveQuestions(
+        expert="models/expert",
+        amateur="models/amateur",
+        questions="gsm8k/test.jsonl",
+        shots="gsm8k/eight_shots.txt",
+        tokenizer=TokenizerConfig(
+            kind=TokenizerKind.SENTENCEPIECE, path="models/expert/tokenizer.model"
+        ),
+    )
+
+
+RUNS = (smoke, text_smoke, tiny, proof, proof_seeds, proof_text, gsm8k)
 
 
 def get_config(run: str = "tiny") -> Experiment:

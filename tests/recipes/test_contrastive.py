@@ -1,16 +1,25 @@
 """The contrastive recipes: numbers by hand, what each kind of amateur reads, and whole runs."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from blt_jax.data import word_problems
+from blt_jax.data.tokenizers import TokenizerConfig
 from blt_jax.data.word_problems import WordProblem
 from blt_jax.dist.mesh import MeshConfig, make_mesh
+from blt_jax.dist.sharding import init_params
+from blt_jax.interop.hugging_face import save_pretrained
 from blt_jax.recipes import contrastive, contrastive_report, contrastive_text
 from blt_jax.recipes.contrastive import AmateurComparison, AmateurKind, ContrastiveProblems
+from blt_jax.recipes.contrastive_questions import (
+    ContrastiveQuestions,
+    last_number,
+    read_questions,
+)
 from blt_jax.train.pretraining import make_context
 from experiments import contrastive_decoding as runs
 
@@ -115,6 +124,36 @@ def test_a_run_on_text(tmp_path):
     assert numbers["diversity_true"] > 0
     assert "=== prompt" in (tmp_path / "texts" / "continuations.txt").read_text()
     assert (tmp_path / "figures" / "text.png").stat().st_size > 1000
+
+
+def test_questions_to_models_in_folders(tmp_path):
+    for name, seed, width in (("expert", 0, 16), ("amateur", 1, 8)):
+        built = runs.model(runs.BYTES, 1, width).build()
+        save_pretrained(built, init_params(built, jax.random.key(seed)), tmp_path / name)
+    lines = [{"question": f"1 + {n}?", "answer": f"as 1,0{n} #### 1,00{n}"} for n in (2, 3, 4)]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "shots.txt").write_text("Q: 1?\nA: 1\n\n")
+    config = ContrastiveQuestions(
+        expert=str(tmp_path / "expert"),
+        amateur=str(tmp_path / "amateur"),
+        questions=str(questions),
+        shots=str(tmp_path / "shots.txt"),
+        tokenizer=TokenizerConfig(),
+        batch_size=2,
+        new_tokens=4,
+    )
+    numbers = config.run(context(tmp_path / "run"))
+    assert 0 <= numbers["exact_match"] <= 1
+    text = (tmp_path / "run" / "texts" / "examples.txt").read_text()
+    assert "of 3" in text
+    asked, solved = read_questions(str(questions), 2)
+    assert asked == ["1 + 2?", "1 + 3?"] and [last_number(s) for s in solved] == [1002, 1003]
+    questions.write_text('{"question": "1?", "answer": "none"}')
+    with pytest.raises(ValueError, match="line 1 needs a question, and an answer with a number"):
+        config.run(context(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"must hold \{question\}"):
+        dataclasses.replace(config, prompt="Q:")
 
 
 @pytest.mark.parametrize(
