@@ -123,16 +123,10 @@ class ContrastiveProblems(Experiment):
             raise ValueError(f"{jax.process_count()} processes: this recipe needs one")
         problems = word_problems.word_problems(self.problems, seed=0)
         pair = self._pair(context, problems)
-        greedy = Outcome.of(pair.replace(alpha=0.0, beta=0.0), problems)
-        sweep = {(0.0, 0.0): greedy}
-        if self.kind is not AmateurKind.NONE:
-            settings = {(a, b) for a in self.alphas for b in self.betas} | {(self.alpha, self.beta)}
-            for alpha, beta in sorted(settings):
-                sweep[alpha, beta] = Outcome.of(pair.replace(alpha=alpha, beta=beta), problems)
-        chosen = sweep[pair.alpha, pair.beta]
-        numbers = chosen.numbers()
+        sweep = self._sweep(pair, problems)
+        greedy, chosen = sweep[0.0, 0.0], sweep[pair.alpha, pair.beta]
         low, high = bootstrap_interval(chosen.right - greedy.right)
-        numbers |= {
+        numbers = chosen.numbers() | {
             "exact_match_gain": float(np.mean(chosen.right) - np.mean(greedy.right)),
             "exact_match_gain_low": low,
             "exact_match_gain_high": high,
@@ -147,6 +141,18 @@ class ContrastiveProblems(Experiment):
         compared = (greedy.texts, greedy.right), (chosen.texts, chosen.right)
         context.writer.text("examples", outcome_text(*told, *compared, self.examples))
         return numbers
+
+    def _sweep(
+        self, pair: ContrastiveDecoder, problems: Sequence[WordProblem]
+    ) -> dict[tuple[float, float], "Outcome"]:
+        """Greedy outcomes by (alpha, beta); (0, 0) is the expert alone."""
+        settings = {(0.0, 0.0)}
+        if self.kind is not AmateurKind.NONE:
+            settings |= {(self.alpha, self.beta), *itertools.product(self.alphas, self.betas)}
+        return {
+            (alpha, beta): Outcome.of(pair.replace(alpha=alpha, beta=beta), problems)
+            for alpha, beta in sorted(settings)
+        }
 
     def _pair(self, context: Context, problems: Sequence[WordProblem]) -> ContrastiveDecoder:
         """The trained pair at the settings of the run; NONE is the expert beside itself."""
@@ -177,11 +183,15 @@ class ContrastiveProblems(Experiment):
         )
         config = dataclasses.replace(self.expert, checkpointing=keeping)
         fit = self._fit(context, "expert", config)
-        folder = shared_context(context, "expert", config).workdir
+        folder = self._shared(context, "expert", config).workdir
         return fit, load_params(folder, abstract_params(fit.model), step=every)
 
+    def _shared(self, context: Context, name: str, config: Pretraining) -> Context:
+        # The texts are part of what was trained, but not of its config.
+        return shared_context(context, f"{name}_{self.shortcut_share:g}", config)
+
     def _fit(self, context: Context, name: str, config: Pretraining) -> Fit:
-        child = shared_context(context, name, config)
+        child = self._shared(context, name, config)
         return config.fit(child, batches=lambda data: WordProblemBatches(data, self.shortcut_share))
 
     def _votes(self, pair, problems, key) -> dict[str, float]:

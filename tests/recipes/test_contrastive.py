@@ -99,7 +99,7 @@ def comparison(tmp_path_factory):
 def test_kinds_of_amateurs_share_their_models(comparison):
     folder, numbers = comparison
     trained = sorted(path.name for path in (folder / "shared").iterdir())
-    assert trained == ["expert", "small"]
+    assert trained == ["expert_0.3", "small_0.3"]
     greedy = {numbers[f"{kind.value}/exact_match_alpha_0_beta_0"] for kind in KINDS}
     assert greedy == {numbers["none/exact_match"]}
     for kind in KINDS:
