@@ -132,8 +132,8 @@ def proof_seeds() -> AmateurComparison:
 
 
 def proof_text() -> ContrastiveText:
-    """Repetition and ranking of continuations of Python source (10 min)."""
-    return ContrastiveText(expert=on_text(4, 128, 600), amateur=on_text(1, 64, 300))
+    """Repetition and ranking of continuations of Python source (5 min)."""
+    return ContrastiveText(expert=on_text(3, 128, 400), amateur=on_text(1, 64, 200))
 
 
 def gsm8k() -> ContrastiveQuestions:
