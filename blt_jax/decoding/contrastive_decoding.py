@@ -95,7 +95,7 @@ def contrastive_logits(
     As a distribution: p_e (p_e / p_a) ** beta over the plausible tokens. The numbers may be
     traced. Raises ValueError for alpha outside 0..1, beta < 0 or amateur_temperature <= 0.
     """
-    _check_numbers(alpha, beta, amateur_temperature)
+    check_strengths(alpha, beta, amateur_temperature)
     keep = plausible(expert, alpha)
     e = jnp.where(keep, expert.astype(jnp.float32), LOWEST_LOGIT)
     a = jnp.maximum(amateur.astype(jnp.float32) / amateur_temperature, LOWEST_LOGIT)
@@ -111,8 +111,8 @@ def contrastive_logits(
     return jnp.where(keep, scores, floor)
 
 
-def _check_numbers(alpha, beta, amateur_temperature):
-    """Checks the numbers that are known, that is not traced."""
+def check_strengths(alpha: Any, beta: Any, amateur_temperature: Any = 1.0) -> None:
+    """ValueError as of `contrastive_logits`, for the numbers that are known, that is not traced."""
     alpha, beta, amateur_temperature = (
         None if isinstance(number, jax.core.Tracer) else number
         for number in (alpha, beta, amateur_temperature)
@@ -156,8 +156,8 @@ class ContrastiveDecoder:
     alpha, beta, amateur_temperature, form, masked: of `contrastive_logits`; the numbers may change
     without a new compile. amateur_context: prompt tokens, the last ones, that the amateur reads,
     0 all (Li et al.: 1). amateur_prompt: (tokens [B, T'], lengths [B]) that it reads instead.
-    A repetition penalty, and allowed ids that could be implausible, belong to the expert alone:
-    make it a `logits.ProcessedDecoder`.
+    allowed: bool [V], the only tokens that may follow, before plausibility is judged; None all.
+    A repetition penalty belongs to the expert alone: make it a `logits.ProcessedDecoder`.
     """
 
     expert: Decoder
@@ -170,6 +170,7 @@ class ContrastiveDecoder:
     masked: Masked = flax.struct.field(pytree_node=False, default=Masked.EXCLUDED)
     amateur_context: int = flax.struct.field(pytree_node=False, default=0)
     amateur_prompt: Any = None
+    allowed: Any = None
 
     @classmethod
     def create(
@@ -189,7 +190,7 @@ class ContrastiveDecoder:
         if not 0 <= vocab_size <= min(sizes):
             raise ValueError(f"vocab_size={vocab_size}: must be 0..{min(sizes)}")
         decoder = cls(expert, amateur, vocab_size or sizes[0], **settings)
-        _check_numbers(decoder.alpha, decoder.beta, decoder.amateur_temperature)
+        check_strengths(decoder.alpha, decoder.beta, decoder.amateur_temperature)
         if decoder.beta > 2:
             warnings.warn(f"beta={decoder.beta} is strong: 0.5 is usual", stacklevel=2)
         if decoder.amateur_context < 0:
@@ -209,6 +210,13 @@ class ContrastiveDecoder:
     @property
     def capacity(self) -> int:
         return self.expert.capacity
+
+    def constrained(self, allowed: Bool[Array, " V"]) -> "ContrastiveDecoder":
+        """The decoder of these tokens alone: the plausible ones are found among them, so that
+        there is always one."""
+        if self.allowed is not None:
+            allowed = allowed & self.allowed
+        return self.replace(allowed=allowed)
 
     def prepare(self) -> "ContrastiveDecoder":
         return self.replace(expert=self.expert.prepare(), amateur=self.amateur.prepare())
@@ -256,7 +264,10 @@ class ContrastiveDecoder:
         V = self.vocab_size
         numbers = (self.alpha, self.beta, self.form, self.amateur_temperature, self.masked)
         with jax.named_scope("contrast"):
-            return contrastive_logits(expert[:, :V], amateur[:, :V], *numbers)
+            expert = expert[:, :V]
+            if self.allowed is not None:
+                expert = jnp.where(self.allowed[None, :], expert, -jnp.inf)
+            return contrastive_logits(expert, amateur[:, :V], *numbers)
 
 
 def check_tokenizers(expert: Any, amateur: Any) -> None:

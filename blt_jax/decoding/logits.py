@@ -4,6 +4,7 @@ Each is a pytree, so its numbers may be arrays that change without a new compile
 The order of the classes is the order in which `SamplingConfig` applies them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,6 +45,31 @@ def process_logits(
             raise ValueError(f"seen=None: {type(processor).__name__} needs the tokens of the rows")
         logits = processor(logits, seen)
     return logits
+
+
+def allowed_tokens(processors: Sequence[LogitsProcessor]) -> Any:
+    """bool [V]: the tokens that all AllowedIds keep; None if there are none of them.
+
+    Raises ValueError if they share no token.
+    """
+    found = [p.allowed for p in processors if isinstance(p, AllowedIds)]
+    if not found:
+        return None
+    allowed = functools.reduce(jnp.logical_and, found)
+    if not isinstance(allowed, jax.core.Tracer) and not bool(allowed.any()):
+        raise ValueError("allowed_ids: the processors and the config allow no token in common")
+    return allowed
+
+
+def constrained(decoder: Decoder, processors: Sequence[LogitsProcessor]) -> Decoder:
+    """The decoder with the hard constraints of `processors` inside it, where it can take them.
+
+    One that excludes tokens itself, and could leave no allowed one, has `constrained(allowed)`.
+    """
+    allowed = allowed_tokens(processors)
+    if allowed is None or not hasattr(decoder, "constrained"):
+        return decoder
+    return decoder.constrained(allowed)
 
 
 def tokens_seen(
@@ -186,6 +212,10 @@ class ProcessedDecoder:
     @property
     def vocab_size(self) -> int:
         return self.decoder.vocab_size
+
+    def constrained(self, allowed: Bool[Array, " V"]) -> "ProcessedDecoder":
+        """With the same constraint in the decoder inside."""
+        return self.replace(decoder=constrained(self.decoder, (AllowedIds(allowed),)))
 
     def prepare(self) -> "ProcessedDecoder":
         return self.replace(decoder=self.decoder.prepare())

@@ -20,6 +20,8 @@ from blt_jax.decoding.logits import (
     Temperature,
     TopK,
     TopP,
+    allowed_tokens,
+    constrained,
     process_logits,
     tokens_seen,
 )
@@ -134,10 +136,11 @@ def generate(
     Rows are independent: a row gives the same tokens alone as in a batch when it has the same
     key. key: one key (folded with the row number) or one per row [B]; each token folds in its
     step. The last token is not read by the model. processors: applied before those of the config;
-    their numbers may change without a new compile. Raises ValueError when prompts and new tokens
-    exceed the capacity, and as Decoder.prefill does.
+    their numbers may change without a new compile. Allowed ids also go to a decoder that excludes
+    tokens itself. Raises ValueError when no id is allowed or prompts and new tokens exceed the
+    capacity, and as Decoder.prefill does.
     """
-    arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
+    arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors)
     return _generate(decoder, *arguments, processors)
 
 
@@ -152,17 +155,19 @@ def compile_generation(
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> Callable[..., Generation]:
     """`generate` compiled for these shapes and settings: a function of (tokens, lengths, key)."""
-    arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
+    arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors)
     compiled = _generate.lower(decoder, *arguments, processors).compile()
 
     def run(tokens, lengths, key=None) -> Generation:
-        checked = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key)
+        checked = _check(
+            decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors
+        )
         return compiled(decoder, *checked[:3], processors)
 
     return run
 
 
-def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key):
+def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors):
     """The arguments of `_generate` after the decoder."""
     config = SamplingConfig() if config is None else config
     if max_new_tokens < 1:
@@ -170,7 +175,7 @@ def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key):
     for stop in stop_ids:
         if not 0 <= stop < decoder.vocab_size:
             raise ValueError(f"stop_ids={stop_ids}: must be 0..{decoder.vocab_size - 1}")
-    config.processors(decoder.vocab_size)
+    allowed_tokens((*processors, *config.processors(decoder.vocab_size)))
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     check_prompts(tokens, lengths, decoder.capacity, decoder.vocab_size)
     check_room(lengths, max_new_tokens, decoder.capacity)
@@ -189,7 +194,7 @@ def _generate(decoder, tokens, lengths, keys, config, max_new_tokens, stop_ids, 
     B, V = tokens.shape[0], decoder.vocab_size
     every = (*processors, *config.processors(V))
     seen = tokens_seen(tokens, lengths, V) if any(p.needs_seen for p in every) else None
-    decoder = decoder.prepare()
+    decoder = constrained(decoder, every).prepare()
     logits, cache = decoder.prefill(tokens, lengths)
     before = cache.counters()
 

@@ -8,7 +8,6 @@ evaluated on held-out text with the same one (arXiv 2412.09871, sections 2.3 and
 import dataclasses
 import functools
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from blt_jax.data.loader import DataConfig, evaluation_config, open_documents
 from blt_jax.data.tokenizers import ByteTokenizer, encode_document
 from blt_jax.decoding.sampling import SamplingConfig
-from blt_jax.dist.multihost import local_copy, text_of_first
+from blt_jax.dist.multihost import local_copy
 from blt_jax.interop import model_files
 from blt_jax.models import blt
 from blt_jax.models.blt_decode import BLTDecoder
@@ -34,8 +33,7 @@ from blt_jax.models.blt_patching import (
 )
 from blt_jax.recipes.patch_figure import patch_figure
 from blt_jax.recipes.samples import encode_prompts, generate_texts, samples_wanted
-from blt_jax.train.configs import differences, flatten, from_text, to_text
-from blt_jax.train.pretraining import Context, Experiment, Fit, Pretraining
+from blt_jax.train.pretraining import Context, Experiment, Fit, Pretraining, shared_context
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -203,21 +201,6 @@ def _check_rows(data: DataConfig, model: blt.BLTConfig, *names: str) -> None:
             f"piece_halo={data.piece_halo}; the model's windows and n-grams need "
             f"{model.piece_halo}"
         )
-
-
-def shared_context(context: Context, name: str, config: Pretraining) -> Context:
-    """The folder of a part that several runs of one comparison have in common.
-
-    `<name>` in the shared folder, or `<name>_<checksum>` if another configuration lies there.
-    """
-    key = jax.random.key(config.seed)
-    child = context.shared_child(name, key)
-    previous = child.workdir / "config.txt"
-    found = text_of_first(previous.read_text() if previous.exists() else "")
-    if found and differences(from_text(found), flatten(config)):
-        checksum = zlib.crc32(to_text(config).encode())
-        child = context.shared_child(f"{name}_{checksum:08x}", key)
-    return child
 
 
 def tokenized_documents(config: DataConfig) -> Iterator[np.ndarray]:

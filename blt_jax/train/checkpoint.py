@@ -248,11 +248,15 @@ class Checkpoints:
             return state, decode_data_state(meta["data"]), meta["extra"]
         return None
 
-    def restore_params(self, abstract: Any, *, averaged: bool = False) -> Any:
-        """Parameters (or their running average) of the newest checkpoint, nothing else."""
-        if not self.steps():
-            raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        step = self.steps()[-1]
+    def restore_params(self, abstract: Any, *, averaged: bool = False, step: int = 0) -> Any:
+        """Parameters (or their running average) after `step`, 0 for the newest checkpoint's."""
+        steps = self.steps()
+        if not steps or (step and step not in steps):
+            raise FileNotFoundError(
+                f"no checkpoint{f' of step {step}' if step else ''} in {self.directory}, "
+                f"which has steps {steps}"
+            )
+        step = step or steps[-1]
         if not averaged:
             return self._read(step, {"params": abstract})[0]["params"]
         count = jax.ShapeDtypeStruct((), np.int32)
@@ -289,8 +293,10 @@ def _is_mismatch(error: Exception) -> bool:
     return isinstance(error, ValueError) and "this configuration" in str(error)
 
 
-def load_params(workdir: str | pathlib.Path, abstract: Any, *, averaged: bool = False) -> Any:
-    """Parameters of the newest checkpoint in `workdir/checkpoints` (see `abstract_params`).
+def load_params(
+    workdir: str | pathlib.Path, abstract: Any, *, averaged: bool = False, step: int = 0
+) -> Any:
+    """Parameters in `workdir/checkpoints` (see `abstract_params`), after `step`, 0 the newest.
 
     Raises FileNotFoundError if there is none, ValueError naming the array that does not fit.
     """
@@ -299,6 +305,6 @@ def load_params(workdir: str | pathlib.Path, abstract: Any, *, averaged: bool = 
         raise FileNotFoundError(f"{directory} does not exist")
     checkpoints = Checkpoints(directory)
     try:
-        return checkpoints.restore_params(abstract, averaged=averaged)
+        return checkpoints.restore_params(abstract, averaged=averaged, step=step)
     finally:
         checkpoints.close()

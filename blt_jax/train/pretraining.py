@@ -17,11 +17,13 @@ from blt_jax.data.loader import DataConfig, evaluation_config, loader
 from blt_jax.data.packing import Patcher, statistics_from_state
 from blt_jax.data.tokenizers import Tokenizer
 from blt_jax.dist.mesh import MeshConfig
+from blt_jax.dist.multihost import text_of_first
 from blt_jax.dist.sharding import ShardingRules
 from blt_jax.layers.model import Model, ModelConfig
 from blt_jax.train import state as state_lib
 from blt_jax.train.checkpoint import CheckpointingConfig, Checkpoints
 from blt_jax.train.config_json import write_model_config
+from blt_jax.train.configs import differences, flatten, from_text, to_text
 from blt_jax.train.evaluate import evaluate
 from blt_jax.train.loop import LoggingConfig, LoopResult, Stage, train
 from blt_jax.train.memory import check_memory
@@ -82,6 +84,21 @@ class Experiment:
     def run(self, context: Context) -> dict[str, float]:
         """Does the work in `context.workdir` and returns its numbers."""
         raise NotImplementedError(f"{type(self).__name__} has no run()")
+
+
+def shared_context(context: Context, name: str, config: Experiment) -> Context:
+    """The folder of a part that several runs of one comparison have in common.
+
+    `<name>` in the shared folder, or `<name>_<checksum>` if another configuration lies there.
+    """
+    key = jax.random.key(config.seed)
+    child = context.shared_child(name, key)
+    previous = child.workdir / "config.txt"
+    found = text_of_first(previous.read_text() if previous.exists() else "")
+    if found and differences(from_text(found), flatten(config)):
+        checksum = zlib.crc32(to_text(config).encode())
+        child = context.shared_child(f"{name}_{checksum:08x}", key)
+    return child
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

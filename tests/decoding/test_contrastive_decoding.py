@@ -204,6 +204,30 @@ def test_expert_with_penalty_and_allowed_ids():
     assert set(np.unique(out.tokens)) == {0, 2}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_allowed_ids_hold_where_every_plausible_token_is_excluded(temperature):
+    """The constraint comes first: the plausible tokens are found among the allowed ones."""
+    pair = ContrastiveDecoder.create(TABLE, TableDecoder(random_table(2)), alpha=0.9, beta=1.0)
+    last = jnp.asarray([0, 1, 2, 3])[:, None]
+    lengths, key = jnp.ones(4, jnp.int32), jax.random.key(0)
+    first, _ = pair.prefill(last, lengths)
+    worst = int(jnp.argmin(TABLE.table[1].max(0)))  # implausible after most tokens
+    assert (first[:, worst] == -jnp.inf).any() and worst != 0
+    config = SamplingConfig(temperature=temperature, allowed_ids=(worst, 3))
+    for decoder in (pair, ProcessedDecoder(pair, ())):
+        out = generate(decoder, last, lengths, config, 6, (), key).tokens
+        assert set(np.unique(out)) <= {worst, 3}
+    out = generate(pair, last, lengths, GREEDY, 6, (), None, (AllowedIds.create((worst,), 4),))
+    assert (out.tokens == worst).all()
+
+
+def test_constraints_without_a_common_token():
+    processors = (AllowedIds.create((1, 2), 4),)
+    config = SamplingConfig(temperature=0.0, allowed_ids=(0, 3))
+    with pytest.raises(ValueError, match="allow no token in common"):
+        generate(TABLE, PROMPTS % 4, LENGTHS, config, 2, (), None, processors)
+
+
 def test_sampling_draws_from_the_contrastive_distribution():
     expert, amateur = TABLE, TableDecoder(random_table(2))
     pair = ContrastiveDecoder.create(expert, amateur, beta=0.5)

@@ -28,6 +28,18 @@ def check_llama3(numbers: dict[str, float]) -> None:
     assert gain > numbers.get("annealed/difference_interval", 0.0)
 
 
+def check_contrastive_decoding(numbers: dict[str, float]) -> None:
+    assert 0.3 < numbers["expert/exact_match"] < 0.8
+    # The bootstrap interval over the problems of one seed lies above zero.
+    for amateur in ("small", "early"):
+        assert numbers[f"{amateur}/exact_match_gain_low"] > 0
+        assert numbers[f"{amateur}/shortcut_rate"] < numbers["expert/shortcut_rate"]
+        for name in ("ranking_accuracy", "ranking_above_shortcut"):
+            assert numbers[f"{amateur}/{name}"] > numbers[f"expert/{name}"]
+    # As strong an amateur as the expert helps less than a weak one.
+    assert numbers["equal/exact_match_gain"] < numbers["early/exact_match_gain"]
+
+
 @pytest.mark.parametrize("run", ["blt_proof", "blt_proof_seeds"])
 def test_blt_proof_shows_the_gain_of_hash_ngrams(run):
     check_blt(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
@@ -35,6 +47,11 @@ def test_blt_proof_shows_the_gain_of_hash_ngrams(run):
 
 def test_llama3_proof_shows_the_gain_of_annealing():
     check_llama3(json.loads((RESULTS / "llama3_proof_seeds.json").read_text())["numbers"])
+
+
+def test_contrastive_decoding_proof_shows_the_gain_of_weak_amateurs():
+    file = RESULTS / "contrastive_decoding_proof.json"
+    check_contrastive_decoding(json.loads(file.read_text())["numbers"])
 
 
 def test_kept_results_name_commit_device_and_versions():
@@ -46,7 +63,14 @@ def test_kept_results_name_commit_device_and_versions():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "check"), [("blt", check_blt), ("llama3", check_llama3)])
+@pytest.mark.parametrize(
+    ("system", "check"),
+    [
+        ("blt", check_blt),
+        ("contrastive_decoding", check_contrastive_decoding),
+        ("llama3", check_llama3),
+    ],
+)
 def test_proof_again(system, check, tmp_path):
     config = load_experiment_file(ROOT / "experiments" / f"{system}.py").get_config("proof")
     check(run_experiment(config, tmp_path))
