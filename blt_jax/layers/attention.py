@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from blt_jax.dist.mesh import platform
 from blt_jax.layers.block_attention import block_attention
 from blt_jax.layers.masks import NEGATIVE, causal_mask
+from blt_jax.layers.prefix import Prefix
 from blt_jax.layers.tpu_attention import splash_attention
 
 MAX_DENSE = 128
@@ -21,11 +22,14 @@ def masked_attention(
     mask: Bool[Array, "B T S"],
     *,
     scale: float | None = None,
+    bias: Float[Array, "#B H T S"] | None = None,
+    sink: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H J"]:
     """Softmax attention with a full mask: the plain form, quadratic in memory.
 
     Query head h uses key-value head h // (H / G). Scores and softmax are float32; a query that
-    sees no key gets 0.
+    sees no key gets 0. bias: added to the scaled scores. sink: one logit per query head that
+    takes part in the softmax and has no value.
     """
     (B, T, H, K), G = q.shape, k.shape[2]
     if H % G:
@@ -33,8 +37,14 @@ def masked_attention(
     scale = K**-0.5 if scale is None else scale
     q_BTGRK = q.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * scale, NEGATIVE)
-    weights = jax.nn.softmax(scores, axis=-1)
+    scores *= scale
+    if bias is not None:
+        scores += bias.reshape(-1, G, H // G, *bias.shape[2:])
+    scores = jnp.where(mask[:, None, None], scores, NEGATIVE)
+    if sink is not None:
+        sink_BGRT1 = jnp.broadcast_to(sink.reshape(1, G, H // G, 1, 1), (*scores.shape[:4], 1))
+        scores = jnp.concatenate([scores, sink_BGRT1], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]]
     weights = jnp.where(mask[:, None, None], weights, 0.0).astype(v.dtype)
     return jnp.einsum("bgrts,bsgj->btgrj", weights, v).reshape(B, T, H, -1)
 
@@ -47,13 +57,18 @@ def causal_attention(
     *,
     window: int = 0,
     scale: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    sink: Float[Array, " H"] | None = None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "B T H J"]:
     """Causal self-attention inside documents, optionally in a sliding window.
 
     segment_ids: 0 = padding (output 0), 1.. = documents. A window of w shows a query itself and
-    the w - 1 positions before it; 0 means no window. Short rows take the dense form, longer ones
-    go by blocks: memory is linear in T, and so is time with a window. Programs for TPU take a
-    kernel for them.
+    the w - 1 positions before it; 0 means no window. slopes: constants, from the score of query i
+    and key j slope (i - j) is subtracted. sink: one logit per query head that takes part in the
+    softmax and has no value. prefix: keys that every query sees. Short rows take the dense form,
+    longer ones go by blocks: memory is linear in T, and so is time with a window. Programs for TPU
+    take a kernel for them, unless there are slopes or a prefix.
     """
     H, G = q.shape[2], k.shape[2]
     if H % G:
@@ -61,11 +76,15 @@ def causal_attention(
     if window < 0:
         raise ValueError(f"causal_attention: window={window} must be at least 0")
     if q.shape[1] <= MAX_DENSE:
-        return dense_causal_attention(q, k, v, segment_ids, window=window, scale=scale)
+        attend = dense_causal_attention
+        options = dict(slopes=slopes, sink=sink, prefix=prefix)
+    elif platform() == "tpu" and slopes is None and prefix is None:
+        attend, options = splash_attention, dict(sink=sink)
+    else:
+        attend = block_attention
+        options = dict(slopes=slopes, sink=sink, prefix=prefix)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if platform() == "tpu":
-        return splash_attention(q, k, v, segment_ids, window=window, scale=scale)
-    return block_attention(q, k, v, segment_ids, window=window, scale=scale)
+    return attend(q, k, v, segment_ids, window=window, scale=scale, **options)
 
 
 def dense_causal_attention(
@@ -76,9 +95,36 @@ def dense_causal_attention(
     *,
     window: int = 0,
     scale: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    sink: Float[Array, " H"] | None = None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "B T H J"]:
     """As `causal_attention`, with the whole mask: the truth for tests, and best for short rows."""
-    index_T = jnp.arange(q.shape[1])
+    index_T, bias = jnp.arange(q.shape[1]), None
     mask = causal_mask(index_T, index_T, segment_ids, segment_ids, window)
+    if slopes is not None:
+        slopes = jax.lax.stop_gradient(slopes)
+        distance_TT = (index_T[:, None] - index_T[None, :]).astype(jnp.float32)
+        bias = -slopes[None, :, None, None] * distance_TT[None, None]
+    if prefix is not None:
+        k, v, mask, bias = _with_prefix(k, v, mask, bias, slopes, segment_ids, prefix)
+    out = masked_attention(q, k, v, mask, scale=scale, bias=bias, sink=sink)
     # Every form names its result for the remat policies, as its backward pass reads it.
-    return checkpoint_name(masked_attention(q, k, v, mask, scale=scale), "attention")
+    return checkpoint_name(out, "attention")
+
+
+def _with_prefix(k, v, mask, bias, slopes, segment_ids, prefix: Prefix):
+    """Keys, values, mask and bias with the prefix in front."""
+    B, T = segment_ids.shape
+    N = prefix.key.shape[0]
+
+    def in_front(rows, x):
+        rows = jnp.broadcast_to(rows[None], (B, *rows.shape)).astype(x.dtype)
+        return jnp.concatenate([rows, x], axis=1)
+
+    seen_BTN = jnp.broadcast_to((segment_ids > 0)[:, :, None], (B, T, N))
+    mask = jnp.concatenate([seen_BTN, mask], axis=2)
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (B, *bias.shape[1:]))
+        bias = jnp.concatenate([prefix.bias(slopes), bias], axis=3)
+    return in_front(prefix.key, k), in_front(prefix.value, v), mask, bias

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from blt_jax.layers.masks import NEGATIVE
+from blt_jax.layers.prefix import Prefix, join_softmax
 
 WINDOW_BLOCK = 128
 """Queries per block in a window. At window 512, 64 and 256 were slower (width 32, CPU)."""
@@ -48,13 +49,16 @@ def block_attention(
     *,
     window: int,
     scale: float,
+    slopes: Float[Array, " H"] | None = None,
+    sink: Float[Array, " H"] | None = None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "B T H J"]:
     """Causal attention inside documents and `window` (0: none), differentiable once in reverse.
 
     Query t stands at index first + t of the keys; without key_segment_ids these are the queries'
     own. The form follows from the shapes: a window is read in one slice of keys per query block,
     without a window each query block takes exactly the keys before it, and long rows are cut
-    into tiles met one after the other.
+    into tiles met one after the other. slopes, sink, prefix: as `causal_attention`.
     """
     (B, T, H, _), S = q.shape, k.shape[1]
     own_keys = key_segment_ids is None
@@ -67,7 +71,17 @@ def block_attention(
         q, segment_ids = _pad_end(q, padding), _pad_end(segment_ids, padding)
         k, v, key_segment_ids = (_pad_end(x, key_padding) for x in (k, v, key_segment_ids))
     first = jnp.asarray(first, jnp.int32)
-    return _attention(q, k, v, segment_ids, key_segment_ids, first, plan, scale)[:, :T]
+    if slopes is not None:
+        slopes = lax.stop_gradient(slopes)
+    inputs = (q, k, v, segment_ids, key_segment_ids, first, slopes)
+    out, lse_BGRT = _attention(*inputs, plan, scale)
+    if sink is None and prefix is None:
+        return out[:, :T]
+    out, q, segment_ids = out[:, :T], q[:, :T], segment_ids[:, :T]
+    lse_BHT = lse_BGRT.reshape(B, H, -1)[:, :, :T]
+    return join_softmax(
+        out, lse_BHT, q, segment_ids, scale=scale, slopes=slopes, sink=sink, prefix=prefix
+    )
 
 
 def _pad_end(x, size):
@@ -98,12 +112,14 @@ def make_plan(length: int, window: int, num_heads: int, own_keys: bool = True) -
     return Plan("tiles", TILE, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q, k, v, segment_ids, key_segment_ids, first, plan, scale):
-    return _attention_forward(q, k, v, segment_ids, key_segment_ids, first, plan, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attention(q, k, v, segment_ids, key_segment_ids, first, slopes, plan, scale):
+    """The output [B, T, H, J] and the log-sum-exp of the scores [B, G, R, T]."""
+    inputs = (q, k, v, segment_ids, key_segment_ids, first, slopes)
+    return _attention_forward(*inputs, plan, scale)[0]
 
 
-def _attention_forward(q, k, v, segment_ids, key_segment_ids, first, plan, scale):
+def _attention_forward(q, k, v, segment_ids, key_segment_ids, first, slopes, plan, scale):
     (B, T, H, K), G = q.shape, k.shape[2]
     reach = _reach(plan)
     # Tied to q: masks alone do not change from layer to layer, and jax would compute those of
@@ -117,22 +133,24 @@ def _attention_forward(q, k, v, segment_ids, key_segment_ids, first, plan, scale
         jnp.where(segment_ids > 0, segment_ids, -1),
         _pad_front(key_segment_ids, reach, 1),
         first,
+        None if slopes is None else slopes.reshape(G, H // G),
     )
     forward = {"window": _window_forward, "triangle": _triangle_forward, "tiles": _tiles_forward}
     out_BGRTJ, lse_BGRT = forward[plan.form](inputs, plan)
     out = jnp.transpose(out_BGRTJ, (0, 3, 1, 2, 4)).reshape(B, T, H, v.shape[3])
     out, lse_BGRT = checkpoint_name((out, lse_BGRT), "attention")
-    return out, (inputs, out, lse_BGRT)
+    return (out, lse_BGRT), (inputs, out, lse_BGRT)
 
 
-def _attention_backward(plan, scale, residuals, g):
+def _attention_backward(plan, scale, residuals, cotangents):
     inputs, out, lse_BGRT = residuals
+    g, g_lse_BGRT = cotangents
     inputs, g = lax.optimization_barrier((inputs, g))
     B, G, R, T, K = inputs.q_BGRTK.shape
     mean_BTH = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     cotangent = _Cotangent(
         jnp.transpose(g.reshape(B, T, G, R, g.shape[3]), (0, 2, 3, 1, 4)),
-        jnp.transpose(mean_BTH.reshape(B, T, G, R), (0, 2, 3, 1)),
+        jnp.transpose(mean_BTH.reshape(B, T, G, R), (0, 2, 3, 1)) - g_lse_BGRT,
         lse_BGRT,
     )
     backward = {
@@ -144,7 +162,7 @@ def _attention_backward(plan, scale, residuals, g):
     reach, dtype = _reach(plan), inputs.k_BGSK.dtype
     d_k, d_v = (jnp.swapaxes(x[:, :, reach:], 1, 2).astype(dtype) for x in (d_k_BGSK, d_v_BGSJ))
     d_q = jnp.transpose(d_q_BGRTK, (0, 3, 1, 2, 4)).reshape(B, T, G * R, K)
-    return (d_q * scale).astype(dtype), d_k, d_v, None, None, None
+    return (d_q * scale).astype(dtype), d_k, d_v, None, None, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -154,7 +172,7 @@ class _Inputs(NamedTuple):
     """Scaled queries, and keys with those that nobody sees in front.
 
     Padding has the segment -1 among the queries and 0 among the keys, so it meets nothing. `first`
-    is the index of the first query among the keys.
+    is the index of the first query among the keys. Slopes are None without a position bias.
     """
 
     q_BGRTK: jax.Array
@@ -163,6 +181,7 @@ class _Inputs(NamedTuple):
     query_segments_BT: jax.Array
     key_segments_BS: jax.Array
     first: jax.Array
+    slopes_GR: jax.Array | None
 
     def queries(self, start, size):
         return self._replace(
@@ -179,8 +198,8 @@ class _Inputs(NamedTuple):
 
 
 class _Cotangent(NamedTuple):
-    """Gradient of the output, its product with the output summed over K, and the log-sum-exp of
-    the scores."""
+    """Gradient of the output; its product with the output, summed over J, less the gradient of the
+    log-sum-exp of the scores; that log-sum-exp."""
 
     g_BGRTJ: jax.Array
     mean_BGRT: jax.Array
@@ -229,6 +248,9 @@ def _scores(here: _Inputs, distance, window):
     same_BST = here.query_segments_BT[:, None, :] == here.key_segments_BS[:, :, None]
     seen_BGSRT = (seen_ST[None] & same_BST)[:, None, :, None]
     scores = _product("bgsk,bgrtk->bgsrt", here.k_BGSK, here.q_BGRTK)
+    if here.slopes_GR is not None:
+        far_ST = distance_ST.astype(jnp.float32)
+        scores -= here.slopes_GR[None, :, None, :, None] * far_ST[None, None, :, None, :]
     return jnp.where(seen_BGSRT, scores, NEGATIVE)
 
 

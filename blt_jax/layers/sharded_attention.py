@@ -5,8 +5,6 @@ before a device's tokens, sent by its neighbour; without a window every device g
 whole rows (as in Llama 3, arXiv 2407.21783, section 3.3.2: few kv heads make them cheap).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +14,7 @@ from blt_jax.dist.sharding import ShardingRules, axes_of, constrain, parts_of, s
 from blt_jax.layers import row_pieces
 from blt_jax.layers.attention import causal_attention
 from blt_jax.layers.block_attention import block_attention
+from blt_jax.layers.prefix import Prefix
 
 
 def sharded_causal_attention(
@@ -28,11 +27,16 @@ def sharded_causal_attention(
     scale: float | None = None,
     sharding: ShardingRules,
     pieces: int = 1,
+    slopes: Float[Array, " H"] | None = None,
+    sink: Float[Array, " H"] | None = None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "B T H J"]:
     """`causal_attention` divided over the current mesh by `sharding`.
 
     pieces: into which the rows are cut, with padding between them that the window does not count.
-    Raises ValueError if the window reaches farther than one piece, or sizes cannot be divided.
+    Slopes and sink are divided like the query heads, the keys of a prefix like the others.
+    Raises ValueError if the window reaches farther than one piece, or sizes cannot be divided, and
+    for slopes with pieces, whose padding they would count.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
     devices, cut = parts_of("length", sharding), pieces > 1
@@ -44,38 +48,63 @@ def sharded_causal_attention(
             f"attention window {window} is longer than a piece of {size} tokens: use fewer than "
             f"{pieces} pieces"
         )
+    if cut and slopes is not None:
+        raise ValueError(f"pieces={pieces}: must be 1 with slopes, which would count padding")
     if pieces > 1 and 0 < window <= size:
         attend = _windowed(window, scale, pieces // devices, cut, sharding)
     elif devices > 1:
         attend = _gathered(window, scale, sharding)
     else:
-        attend = functools.partial(causal_attention, window=window, scale=scale)
-    k, v = (_divisible_heads(x, q.shape[2], sharding) for x in (k, v))
+        attend = _apart(window, scale)
     names = ("batch", "length", "heads_act", None)
-    run = shard_by_names(attend, (names, names, names, names[:2]), names, sharding)
-    return run(q, k, v, segment_ids)
+    k, v = (_divisible_heads(x, names, q.shape[2], sharding) for x in (k, v))
+    shared, distance = None, None
+    if prefix is not None:
+        shared = tuple(
+            _divisible_heads(x, (None, "heads_act", None), q.shape[2], sharding)
+            for x in (prefix.key, prefix.value)
+        )
+        distance = prefix.distance
+    of_rows, of_heads, of_prefix = names[:2], ("heads_act",), (None, "heads_act", None)
+    in_names = (names, names, names, of_rows, of_heads, of_heads, of_prefix, of_rows)
+    run = shard_by_names(attend, in_names, names, sharding)
+    return run(q, k, v, segment_ids, slopes, sink, shared, distance)
 
 
-def _divisible_heads(x: jax.Array, num_heads: int, sharding: ShardingRules) -> jax.Array:
+def _divisible_heads(x: jax.Array, names, num_heads: int, sharding: ShardingRules) -> jax.Array:
     """Keys or values with as few repeated heads as it takes to divide them like the queries."""
-    devices, heads = parts_of("heads_act", sharding), x.shape[2]
+    axis = names.index("heads_act")
+    devices, heads = parts_of("heads_act", sharding), x.shape[axis]
     if heads % devices == 0:
         return x
     wanted = devices if devices % heads == 0 and num_heads % devices == 0 else num_heads
-    x = jnp.repeat(x, wanted // heads, axis=2)
-    return constrain(x, ("batch", "length", "heads_act", None), sharding)
+    return constrain(jnp.repeat(x, wanted // heads, axis=axis), names, sharding)
+
+
+def _options(slopes, sink, shared, distance) -> dict:
+    prefix = None if shared is None else Prefix(*shared, distance)
+    return dict(slopes=slopes, sink=sink, prefix=prefix)
+
+
+def _apart(window: int, scale: float):
+    """Attention of whole rows."""
+
+    def attend(q, k, v, segment_ids, *rest):
+        options = _options(*rest)
+        return causal_attention(q, k, v, segment_ids, window=window, scale=scale, **options)
+
+    return attend
 
 
 def _gathered(window: int, scale: float, sharding: ShardingRules):
     """Attention of a device's queries to the keys of the whole rows."""
     axes = axes_of("length", sharding)
 
-    def attend(q, k, v, segment_ids):
+    def attend(q, k, v, segment_ids, *rest):
         keys = [lax.all_gather(x, axes, axis=1, tiled=True) for x in (k, v, segment_ids)]
-        first = lax.axis_index(axes) * q.shape[1]
-        return block_attention(
-            q, keys[0], keys[1], segment_ids, keys[2], first, window=window, scale=scale
-        )
+        first, options = lax.axis_index(axes) * q.shape[1], _options(*rest)
+        arguments = (q, keys[0], keys[1], segment_ids, keys[2], first)
+        return block_attention(*arguments, window=window, scale=scale, **options)
 
     return attend
 
@@ -84,7 +113,7 @@ def _windowed(window: int, scale: float, pieces: int, cut: bool, sharding: Shard
     """Attention inside each of `pieces` pieces and to the window - 1 tokens before it."""
     axes = axes_of("length", sharding)
 
-    def attend(q, k, v, segment_ids):
+    def attend(q, k, v, segment_ids, slopes, sink, shared, distance):
         segments = row_pieces.split(segment_ids, pieces)
         real = segments > 0 if cut else None
 
@@ -95,16 +124,20 @@ def _windowed(window: int, scale: float, pieces: int, cut: bool, sharding: Shard
             x = jnp.concatenate([row_pieces.from_previous(last, axes), x], axis=2)
             return x.reshape(-1, *x.shape[2:])
 
-        queries = row_pieces.split(q, pieces)
+        def by_piece(x):
+            return x.reshape(-1, x.shape[1] // pieces, *x.shape[2:])
+
+        distance = None if distance is None else by_piece(distance)
         out = block_attention(
-            queries.reshape(-1, *queries.shape[2:]),
+            by_piece(q),
             keys(k),
             keys(v),
-            segments.reshape(-1, segments.shape[2]),
+            by_piece(segment_ids),
             keys(segment_ids, mask=True),
             window - 1,
             window=window,
             scale=scale,
+            **_options(slopes, sink, shared, distance),
         )
         return out.reshape(*q.shape[:3], v.shape[3])
 

@@ -75,13 +75,21 @@ def attend_slots(
     end: Int[Array, " B"],
     rows: Int[Array, " B"] | None = None,
     scale: float | None = None,
+    *,
+    slopes: Float[Array, " H"] | None = None,
+    distance: Int[Array, "B S"] | None = None,
+    sink: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B H J"]:
     """One query per row over the slots begin..end-1 of its cache; at least one must be there.
 
     rows: the rows of the cache that the queries belong to, None for all in order. scale: of the
-    scores, None for K^-0.5. J is the width of the values. Chunks that no row needs are skipped;
-    the others are joined by an online softmax in float32.
+    scores, None for K^-0.5. J is the width of the values. slopes: slope times the distance from
+    the query to the key of each slot is subtracted from its score. sink: one logit per head that
+    takes part in the softmax and has no value. Chunks that no row needs are skipped; the others
+    are joined by an online softmax in float32. Raises ValueError for slopes without distance.
     """
+    if slopes is not None and distance is None:
+        raise ValueError("attend_slots: distance=None, but slopes need that of every slot")
     (B, H, K), G = q.shape, cache.key[0].shape[1]
     q_NRK = (q * (K**-0.5 if scale is None else scale)).reshape(B * G, H // G, K)
 
@@ -94,8 +102,11 @@ def attend_slots(
         scores = jnp.einsum(
             "nrk,nsk->nrs", q_NRK, key.reshape(B * G, S, K), preferred_element_type=jnp.float32
         )
-        mask = mask_BS[:, None, None, :]
-        scores = jnp.where(mask, scores.reshape(B, G, H // G, S), NEGATIVE)
+        mask, scores = mask_BS[:, None, None, :], scores.reshape(B, G, H // G, S)
+        if slopes is not None:
+            far_BS = distance[:, start : start + S].astype(jnp.float32)
+            scores -= slopes.reshape(1, G, -1, 1) * far_BS[:, None, None, :]
+        scores = jnp.where(mask, scores, NEGATIVE)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.where(mask, jnp.exp(scores - highest), 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -124,6 +135,9 @@ def attend_slots(
                 value,
             )
         start += key.shape[2]
+    if sink is not None:
+        logit = sink.astype(jnp.float32).reshape(1, G, -1, 1)
+        sums = merge(sums, (logit, jnp.ones_like(logit), jnp.zeros_like(logit)))
     _, total, out = sums
     return (out / total).reshape(B, H, -1).astype(q.dtype)
 

@@ -35,11 +35,13 @@ def splash_attention(
     *,
     window: int,
     scale: float,
+    sink: Float[Array, " H"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H J"]:
     """As `block_attention`, with scores that never leave the core. Rows are padded to whole blocks.
 
-    On several devices only inside `jax.shard_map`. interpret: run the kernel's body without a TPU.
+    sink: a logit per query head that takes part in the softmax and has no value. On several devices
+    only inside `jax.shard_map`. interpret: run the kernel's body without a TPU.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -74,9 +76,8 @@ def splash_attention(
         interpret=interpret,
     )
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    out = jax.vmap(kernel)(
-        by_head(scaled), by_head(k), by_head(v), splash.SegmentIds(q=segments, kv=segments)
-    )
+    rows = (by_head(scaled), by_head(k), by_head(v), splash.SegmentIds(q=segments, kv=segments))
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(*rows, sink)
     out = jnp.where(segments[:, None, :, None] > 0, out, 0)
     return jnp.swapaxes(out, 1, 2)[:, :T].astype(v.dtype)
 

@@ -41,8 +41,8 @@ def blocks(plan):
         segments = jnp.pad(segments, ((0, 0), (0, padding)))
         scale = q.shape[3] ** -0.5
         first = jnp.int32(0)
-        out = block_attention._attention(q_, k_, v_, segments, segments, first, plan, scale)
-        return out[:, : q.shape[1]]
+        inputs = (q_, k_, v_, segments, segments, first, None)
+        return block_attention._attention(*inputs, plan, scale)[0][:, : q.shape[1]]
 
     return attend
 
