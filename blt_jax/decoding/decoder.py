@@ -66,7 +66,7 @@ class TransformerDecoder:
     """Decoder of a plain transformer language model.
 
     capacity: tokens a row may reach, prompt included; with a sliding window only its keys and
-    values are kept.
+    values are kept, and those of the sink tokens, which are not counted.
     """
 
     model: Llama3 = flax.struct.field(pytree_node=False)
@@ -107,9 +107,14 @@ class TransformerDecoder:
             emit_key_values=True,
             compute_logits=False,
         )
-        key_values, slots = output.cache, step.window_slots(self._stack, self.capacity)
+        key_values, sinks = output.cache, self.model.config.sink_tokens
         cache = StepCache.from_prefill(
-            key_values.key, key_values.value, lengths, slots, key_values.key.dtype
+            key_values.key,
+            key_values.value,
+            lengths,
+            sinks + step.window_slots(self._stack, self.capacity),
+            key_values.key.dtype,
+            pinned=sinks,
         )
         last_B1D = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
         return self.model.token_logits(self.params, last_B1D[:, 0]), TransformerCache(cache)

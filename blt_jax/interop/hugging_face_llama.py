@@ -16,7 +16,7 @@ from blt_jax.interop.weights import (
     same,
 )
 from blt_jax.layers.rope import RopeConfig, RopeLayout
-from blt_jax.layers.transformer import TransformerConfig
+from blt_jax.layers.transformer import PositionEncoding, Softmax, TransformerConfig
 from blt_jax.models.llama3 import Llama3, Llama3Config
 
 # Attributes of every transformers configuration that change no value of a forward pass.
@@ -51,7 +51,16 @@ def stack_config(
 
 
 def stack_attributes(stack: TransformerConfig) -> dict[str, Any]:
-    """The attributes that `stack_config` reads."""
+    """The attributes that `stack_config` reads; ValueError for what they cannot express."""
+    for name, default in (
+        ("position_encoding", PositionEncoding.ROPE),
+        ("softmax", Softmax.STANDARD),
+    ):
+        if getattr(stack, name) is not default:
+            raise ValueError(
+                f"TransformerConfig.{name}={getattr(stack, name).name}: Hugging Face's blocks have "
+                f"{default.name} alone"
+            )
     return {
         "num_hidden_layers": stack.num_layers,
         "hidden_size": stack.d_model,
@@ -109,6 +118,10 @@ def write_llama(config: Llama3Config) -> dict[str, Any]:
     if config.transformer.window:
         raise ValueError(
             f"TransformerConfig.window={config.transformer.window}: a LlamaConfig has no window"
+        )
+    if config.sink_tokens:
+        raise ValueError(
+            f"Llama3Config.sink_tokens={config.sink_tokens}: a LlamaConfig has no sink tokens"
         )
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -41,12 +41,17 @@ class LayerCache:
         return cls(key=zeros(), value=zeros())
 
     @classmethod
-    def from_rows(cls, key, value, first, end, slots, dtype) -> "LayerCache":
+    def from_rows(cls, key, value, first, end, slots, dtype, pinned=0) -> "LayerCache":
         """From key and value [B, T, G, K]: tokens first..end-1 of each row are 0.. of the cache.
 
-        Of more tokens than slots the last stay, token p in slot p % slots.
+        Of more tokens than slots the last stay, token p in slot p % slots. pinned: so many tokens
+        in front of these, which keep the first slots.
         """
-        index_BS, filled_BS = ring_index(first, end, slots)
+        index_BS, filled_BS = ring_index(first, end, slots - pinned)
+        if pinned:
+            front_BS = jnp.broadcast_to(jnp.arange(pinned, dtype=jnp.int32), (len(first), pinned))
+            index_BS = jnp.concatenate([front_BS, pinned + index_BS], axis=1)
+            filled_BS = jnp.concatenate([front_BS >= 0, filled_BS], axis=1)
         index_BS = jnp.clip(index_BS, 0, key.shape[1] - 1)
 
         def place(x):
@@ -109,11 +114,13 @@ class StepCache:
     """Cache of a stack of layers for one-token steps; position p of a row lies in slot p % slots.
 
     layers: tuple of LayerCache; lengths: int32 [B], tokens written so far per row. With a sliding
-    window the slots are those of the window, and old ones are overwritten.
+    window the slots are those of the window, and old ones are overwritten. pinned: slots in front
+    of those, whose tokens stay and are not counted.
     """
 
     layers: Any
     lengths: Any
+    pinned: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
     def create(cls, num_layers, batch, num_kv_heads, slots, head_dim, dtype) -> "StepCache":
@@ -121,17 +128,18 @@ class StepCache:
         return cls(layers=(layer,) * num_layers, lengths=jnp.zeros((batch,), jnp.int32))
 
     @classmethod
-    def from_prefill(cls, key, value, lengths, slots, dtype, first=None) -> "StepCache":
+    def from_prefill(cls, key, value, lengths, slots, dtype, first=None, pinned=0) -> "StepCache":
         """From key and value [L, B, T, G, K] of a full forward pass over right-padded rows.
 
-        first [B]: tokens before it are left out (0); lengths [B]: tokens of the row.
+        first [B]: tokens before it are left out (0); lengths [B]: tokens of the row. pinned: so
+        many tokens in front of these, with slots of their own among `slots`.
         """
         first = jnp.zeros_like(lengths) if first is None else first
         layers = tuple(
-            LayerCache.from_rows(k, v, first, lengths, slots, dtype)
+            LayerCache.from_rows(k, v, first, lengths, slots, dtype, pinned)
             for k, v in zip(key, value, strict=True)
         )
-        return cls(layers=layers, lengths=lengths - first)
+        return cls(layers=layers, lengths=lengths - first, pinned=pinned)
 
     @property
     def slots(self) -> int:
@@ -144,8 +152,16 @@ class StepCache:
     def next_slot(self, active=None, rows=None) -> jax.Array:
         """int32 [C]: where the next token of `rows` [C] (None: all) goes; outside the cache for
         those not `active` [C]."""
-        slot = self.lengths_of(rows) % self.slots
+        slot = self.pinned + self.lengths_of(rows) % (self.slots - self.pinned)
         return slot if active is None else jnp.where(active, slot, self.slots)
+
+    def distances(self, rows=None) -> jax.Array:
+        """int32 [C, S]: from the next token of `rows` [C] (None: all) to the token in every slot,
+        0 in its own; of slots not yet filled it says nothing."""
+        length_C1 = self.lengths_of(rows)[:, None]
+        slot_S = jnp.arange(self.slots, dtype=jnp.int32)[None, :] - self.pinned
+        ring_CS = (length_C1 - slot_S) % (self.slots - self.pinned)
+        return jnp.where(slot_S < 0, length_C1 - slot_S, ring_CS)
 
     def take_rows(self, indices) -> "StepCache":
         """The cache of rows `indices` [B'], for beams and compaction."""

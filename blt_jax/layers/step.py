@@ -23,7 +23,8 @@ from blt_jax.layers.transformer import TransformerConfig
 
 @flax.struct.dataclass
 class BlockWeights:
-    """Weights of one block: qkv [D, (H + 2 G) K], out [H K, D], gate, up [D, F], down [F, D].
+    """Weights of one block: qkv [D, (H + 2 G) K], out [H K, D], gate, up [D, F], down [F, D], sink
+    [H] if it is learned.
 
     Gate and up stay apart: for few rows XLA:CPU takes twice as long for one product of both.
     """
@@ -35,6 +36,7 @@ class BlockWeights:
     gate: Any
     up: Any
     down: Any
+    sink: Any = None
 
 
 def block_weights(layers: dict[str, Any], dtype: jnp.dtype) -> tuple[BlockWeights, ...]:
@@ -52,6 +54,7 @@ def block_weights(layers: dict[str, Any], dtype: jnp.dtype) -> tuple[BlockWeight
             gate=mlp["gate"].astype(dtype),
             up=mlp["up"].astype(dtype),
             down=mlp["down"].astype(dtype),
+            sink=attention.get("sink"),
         )
 
     return tuple(of_layer(layer) for layer in unstack(layers))
@@ -146,7 +149,7 @@ def block_step(
     config: TransformerConfig,
     weights: BlockWeights,
     x: Float[Array, "B D"],
-    rope: Float[Array, "B 1 K"],
+    positions: Float[Array, "B 1 K"] | Int[Array, "B S"],
     cache: LayerCache,
     slot: Int[Array, " B"],
     end: Int[Array, " B"],
@@ -154,15 +157,22 @@ def block_step(
 ) -> tuple[Float[Array, "B D"], LayerCache]:
     """One block: its key and value go to `slot`, then it attends to the slots before `end`.
 
-    rows: the rows of the cache that x belongs to, None for all in order.
+    positions: from `step_positions`. rows: the rows of the cache that x belongs to, None for all in
+    order.
     """
     H, G, K = config.num_heads, config.kv_heads, config.head_width
     with jax.named_scope("attention"):
         h = rms_norm(x, weights.attention_norm, config.norm_eps)
         qkv_BHK = (h @ weights.qkv).reshape(-1, H + 2 * G, K)
-        qk_BHK = rotate(qkv_BHK[:, None, : H + G], rope, config.rope.layout)[:, 0]
+        qk_BHK, slopes, distance = qkv_BHK[:, : H + G], config.slopes(), None
+        if config.rotates:
+            qk_BHK = rotate(qk_BHK[:, None], positions, config.rope.layout)[:, 0]
+        else:
+            distance = positions
         cache = cache.write(qk_BHK[:, H:], qkv_BHK[:, H + G :], slot, rows)
-        out = attend_slots(qk_BHK[:, :H], cache, jnp.zeros_like(end), end, rows)
+        begin, sink = jnp.zeros_like(end), config.sink_logits(weights.sink)
+        options = dict(slopes=slopes, distance=distance, sink=sink)
+        out = attend_slots(qk_BHK[:, :H], cache, begin, end, rows, **options)
         x = x + out.reshape(-1, H * K) @ weights.out
     with jax.named_scope("mlp"):
         h = rms_norm(x, weights.mlp_norm, config.norm_eps)
@@ -170,8 +180,14 @@ def block_step(
     return x, cache
 
 
-def step_rope(config: TransformerConfig, positions: Int[Array, " B"]) -> Float[Array, "B 1 K"]:
-    """The rotation of one token per row."""
+def step_positions(
+    config: TransformerConfig, cache: StepCache, rows: Int[Array, " B"] | None = None
+) -> Float[Array, "B 1 K"] | Int[Array, "B S"]:
+    """What the blocks read of the next token of `rows` (None: all): its rotation, or for ALIBI its
+    distance from the token in every slot."""
+    if not config.rotates:
+        return cache.distances(rows)
+    positions = cache.pinned + cache.lengths_of(rows)
     return rope_table(positions[:, None], config.rope, config.head_width)
 
 
@@ -190,15 +206,15 @@ def transformer_step(
     """
     active = jnp.ones(x.shape[:1], bool) if active is None else active
     before = cache.lengths_of(rows)
-    rope, slot = step_rope(config, before), cache.next_slot(active, rows)
+    positions, slot = step_positions(config, cache, rows), cache.next_slot(active, rows)
     step = active.astype(jnp.int32)
-    end, caches = jnp.clip(before + step, 1, cache.slots), []
+    end, caches = jnp.clip(cache.pinned + before + step, 1, cache.slots), []
     for weights, layer in zip(layers, cache.layers, strict=True):
-        x, layer = block_step(config, weights, x, rope, layer, slot, end, rows)
+        x, layer = block_step(config, weights, x, positions, layer, slot, end, rows)
         caches.append(layer)
     every = jnp.arange(x.shape[0], dtype=jnp.int32) if rows is None else rows
     lengths = cache.lengths.at[every].add(step, mode="drop")
-    return x, StepCache(layers=tuple(caches), lengths=lengths)
+    return x, cache.replace(layers=tuple(caches), lengths=lengths)
 
 
 def window_slots(config: TransformerConfig, capacity: int) -> int:

@@ -12,8 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules, constrain
+from blt_jax.layers.alibi import alibi_slopes
 from blt_jax.layers.mlp import SwiGLU
 from blt_jax.layers.norms import RMSNorm
+from blt_jax.layers.prefix import Prefix
 from blt_jax.layers.projection import (
     DepthScaling,
     Initialization,
@@ -23,6 +25,22 @@ from blt_jax.layers.projection import (
 )
 from blt_jax.layers.rope import RopeConfig, rope_table, rotate
 from blt_jax.layers.sharded_attention import sharded_causal_attention
+
+
+class PositionEncoding(enum.Enum):
+    """Rotation of queries and keys, or a penalty on distance (arXiv 2108.12409) without it."""
+
+    ROPE = "rope"
+    ALIBI = "alibi"
+
+
+class Softmax(enum.Enum):
+    """Over the scores alone; with a logit of 0 without a value, so that weights may sum to less
+    than one; or with a learnable such logit per layer and query head (gpt-oss)."""
+
+    STANDARD = "standard"
+    OFF_BY_ONE = "off_by_one"
+    LEARNED_SINK = "learned_sink"
 
 
 class Remat(enum.Enum):
@@ -61,7 +79,9 @@ class TransformerConfig:
     head_dim: int = 0
     mlp_dim: int = 0
     window: int = 0
+    position_encoding: PositionEncoding = PositionEncoding.ROPE
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    softmax: Softmax = Softmax.STANDARD
     norm_eps: float = 1e-5
     initialization: Initialization = Initialization.FAN_IN
     depth_scaling: DepthScaling = DepthScaling.NONE
@@ -85,7 +105,7 @@ class TransformerConfig:
                 f"TransformerConfig.num_kv_heads={self.num_kv_heads}: must divide "
                 f"num_heads={self.num_heads}"
             )
-        if self.head_width % 2:
+        if self.rotates and self.head_width % 2:
             raise ValueError(
                 f"TransformerConfig: head width {self.head_width} must be even for rotary embedding"
             )
@@ -102,6 +122,20 @@ class TransformerConfig:
     def mlp_width(self) -> int:
         return self.mlp_dim or -(-(8 * self.d_model // 3) // 256) * 256
 
+    @property
+    def rotates(self) -> bool:
+        return self.position_encoding is PositionEncoding.ROPE
+
+    def slopes(self) -> Float[Array, " H"] | None:
+        """Linear position bias of the heads, see `causal_attention`; None with rotation."""
+        return None if self.rotates else jnp.asarray(alibi_slopes(self.num_heads))
+
+    def sink_logits(self, learned: Float[Array, " H"] | None) -> Float[Array, " H"] | None:
+        """The sink of the attention in one layer; learned: its parameter, if it has one."""
+        if self.softmax is Softmax.OFF_BY_ONE:
+            return jnp.zeros(self.num_heads, jnp.float32)
+        return learned
+
     def flops_per_token(self, context_length: float) -> float:
         """Forward FLOPs per position: projections, and causal attention over the context seen."""
         qkvo = 2 * self.d_model * self.head_width * 2 * (self.num_heads + self.kv_heads)
@@ -111,16 +145,25 @@ class TransformerConfig:
         return float(self.num_layers * (qkvo + mlp + attention))
 
 
+def encode_positions(
+    config: TransformerConfig, positions: Int[Array, "B T"]
+) -> Float[Array, "B T K"] | Int[Array, "B T"]:
+    """What the blocks read: the table of rotations, or the positions themselves for ALIBI."""
+    if config.rotates:
+        return rope_table(positions, config.rope, config.head_width)
+    return positions
+
+
 @flax.struct.dataclass
 class KeyValues:
-    """Rotated keys and values of the tokens just processed, [L, B, T, G, K]."""
+    """Keys (rotated, but for ALIBI) and values of the tokens just processed, [L, B, T, G, K]."""
 
     key: Any
     value: Any
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query causal self-attention with rotary embedding."""
+    """Grouped-query causal self-attention, with rotary embedding or a linear position bias."""
 
     config: TransformerConfig
     sharding: ShardingRules
@@ -128,7 +171,8 @@ class SelfAttention(nn.Module):
     """Pieces that rows are cut into, see `layers.row_pieces`."""
 
     @nn.compact
-    def __call__(self, x, rope, segment_ids, divisor):
+    def __call__(self, x, prefix, positions, segment_ids, divisor):
+        """prefix: KeyValues [1, N, G, K] that every token sees, or None; positions: as Block."""
         config = self.config
         shape = (config.d_model, config.head_width, config.num_heads, config.kv_heads)
         d_model, K, H, G = shape
@@ -148,9 +192,23 @@ class SelfAttention(nn.Module):
         q = checkpoint_name(constrain(project(x, wq), names, self.sharding), "qkv")
         k = checkpoint_name(constrain(project(x, wk), kv_names, self.sharding), "qkv")
         v = checkpoint_name(constrain(project(x, wv), kv_names, self.sharding), "qkv")
-        q, k = rotate(q, rope, config.rope.layout), rotate(k, rope, config.rope.layout)
+        if config.rotates:
+            q, k = (rotate(x, positions, config.rope.layout) for x in (q, k))
+        if prefix is not None:
+            distance = None if config.rotates else positions
+            prefix = Prefix(prefix.key[0], prefix.value[0], distance)
+        learned = None
+        if config.softmax is Softmax.LEARNED_SINK:
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
+            learned = self.param("sink", init, (H,), jnp.float32)
         out = sharded_causal_attention(
-            q, k, v, segment_ids, window=config.window, sharding=self.sharding, pieces=self.pieces
+            *(q, k, v, segment_ids),
+            window=config.window,
+            sharding=self.sharding,
+            pieces=self.pieces,
+            slopes=config.slopes(),
+            sink=config.sink_logits(learned),
+            prefix=prefix,
         )
         out = constrain(out, names, self.sharding)
         return project(out, wo, num_input_axes=2), KeyValues(k, v)
@@ -170,15 +228,18 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B T D"],
         layer: Int[Array, ""],
-        rope: Float[Array, "B T K"],
+        prefix: KeyValues | None,
+        positions: Float[Array, "B T K"] | Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
     ):
+        """prefix: KeyValues [1, N, G, K] of this layer that every token sees, or None; positions:
+        from `encode_positions`."""
         config = self.config
         divisor = depth_divisor(config.depth_scaling, layer, config.num_layers, config.d_model)
         with jax.named_scope("attention"):
             h = RMSNorm(config.norm_eps, name="attention_norm")(x)
             attention = SelfAttention(config, self.sharding, self.pieces, name="attention")
-            h, key_values = attention(h, rope, segment_ids, divisor)
+            h, key_values = attention(h, prefix, positions, segment_ids, divisor)
             x = x + h
         with jax.named_scope("mlp"):
             h = RMSNorm(config.norm_eps, name="mlp_norm")(x)
@@ -228,15 +289,17 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         emit_key_values: bool = False,
+        prefix: KeyValues | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The hidden states and what the blocks return beside them: the KeyValues of all layers if
         asked for (prefill), else None.
 
-        One token at a time goes through `layers.step`.
+        prefix: KeyValues [L, 1, N, G, K] of tokens at positions 0..N-1 that every token sees; then
+        positions count on from N. One token at a time goes through `layers.step`.
         """
-        stack = scan_blocks(self.block, self.config, 2)(
+        stack = scan_blocks(self.block, self.config, 2, 2)(
             self.config, self.sharding, emit_key_values, self.pieces, name="layers"
         )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        rope = rope_table(positions, self.config.rope, self.config.head_width)
-        return stack(x, layers, rope, segment_ids)
+        encoded = encode_positions(self.config, positions)
+        return stack(x, layers, prefix, encoded, segment_ids)

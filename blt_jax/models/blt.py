@@ -49,7 +49,6 @@ from blt_jax.layers.projection import (
     projection_init,
     truncated_normal,
 )
-from blt_jax.layers.rope import rope_table
 from blt_jax.layers.row_pieces import check_divisible, split, with_previous_tokens
 from blt_jax.layers.segments import document_positions
 from blt_jax.layers.transformer import (
@@ -57,6 +56,7 @@ from blt_jax.layers.transformer import (
     KeyValues,
     Transformer,
     TransformerConfig,
+    encode_positions,
     scan_blocks,
 )
 from blt_jax.models import blt_patching
@@ -331,15 +331,15 @@ class DecoderLayer(nn.Module):
     emit_key_values: bool
 
     @nn.compact
-    def __call__(self, x, layer, context, layout, rope):
-        """layout: as LocalDecoder."""
+    def __call__(self, x, layer, context, layout, positions):
+        """layout: as LocalDecoder; positions: as Block."""
         config = self.config
         if config.decoder_cross_attention is DecoderCrossAttention.ALL:
             with jax.named_scope("cross_attention"):
                 x = _attend_context(config, self.sharding, x, layer, context, layout)
         arguments = (config.local_decoder, self.sharding, self.emit_key_values, config.row_pieces)
         block = Block(*arguments, name="block")
-        return block(x, layer, rope, layout[1])
+        return block(x, layer, None, positions, layout[1])
 
 
 def _attend_context(config: BLTConfig, sharding: ShardingRules, x, layer, context, layout):
@@ -377,17 +377,17 @@ class LocalDecoder(nn.Module):
         elif config.decoder_cross_attention is DecoderCrossAttention.NONE:
             x = x + take_patches(context[:, :, 0], layout[0], layout[2], self.sharding)
         layers = jnp.arange(stack.num_layers, dtype=jnp.int32)
-        rope = rope_table(positions, stack.rope, stack.head_width)
+        encoded = encode_positions(stack, positions)
         scanned = scan_blocks(DecoderLayer, stack, 3)
         scanned = scanned(config, self.sharding, emit_key_values, name="layers")
-        return scanned(x, layers, context, layout, rope)
+        return scanned(x, layers, context, layout, encoded)
 
 
 class RecordingBlock(Block):
     """A block that also returns its output, for the cross-attention of every layer."""
 
-    def __call__(self, x, layer, rope, segment_ids):
-        x, key_values = super().__call__(x, layer, rope, segment_ids)
+    def __call__(self, x, layer, prefix, positions, segment_ids):
+        x, key_values = super().__call__(x, layer, prefix, positions, segment_ids)
         return x, (key_values, x)
 
 

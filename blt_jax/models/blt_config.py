@@ -123,6 +123,12 @@ class BLTConfig(ModelConfig):
         if self.row_pieces > 1:
             if not self.max_patches or self.max_patches % self.row_pieces:
                 reject("max_patches", f"must be a multiple of row_pieces={self.row_pieces}")
+            for field in ("local_encoder", "latent", "local_decoder"):
+                if not getattr(self, field).rotates:
+                    raise ValueError(
+                        f"BLTConfig.{field}.position_encoding=ALIBI: must be ROPE with "
+                        f"row_pieces={self.row_pieces}, whose padding a distance would count"
+                    )
             for field, value, allowed in (
                 ("patch_window", self.patch_window, 1),
                 ("latent.window", self.latent.window, 0),

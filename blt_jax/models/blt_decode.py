@@ -390,11 +390,11 @@ def _embed_last(model: BLT, params, window, position):
 def _encoder_step(config: BLTConfig, weights, x, cache: StepCache, active):
     """The byte after the encoder, and the state that each cross-attention sees of it."""
     stack = config.local_encoder
-    rope, slot = step.step_rope(stack, cache.lengths), cache.next_slot(active)
+    positions, slot = step.step_positions(stack, cache), cache.next_slot(active)
     lengths = cache.lengths + active.astype(jnp.int32)
     end, caches, hidden = jnp.clip(lengths, 1, cache.slots), [], [x]
     for block, layer in zip(weights.encoder, cache.layers, strict=True):
-        x, layer = step.block_step(stack, block, x, rope, layer, slot, end)
+        x, layer = step.block_step(stack, block, x, positions, layer, slot, end)
         caches.append(layer)
         hidden.append(x)
     count = config.num_encoder_cross_layers
@@ -588,7 +588,7 @@ def _new_context(config: BLTConfig, weights, x, closes, context):
 def _decoder_step(config: BLTConfig, weights, x, context, valid, cache: StepCache, active):
     """The local decoder (Eq. 9-12); valid [B]: complete patches in the window."""
     stack, cross_layers = config.local_decoder, config.decoder_cross_attention
-    rope, slot = step.step_rope(stack, cache.lengths), cache.next_slot(active)
+    positions, slot = step.step_positions(stack, cache), cache.next_slot(active)
     lengths = cache.lengths + active.astype(jnp.int32)
     end, caches = jnp.clip(lengths, 1, cache.slots), []
     if cross_layers is DecoderCrossAttention.NONE:
@@ -597,7 +597,7 @@ def _decoder_step(config: BLTConfig, weights, x, context, valid, cache: StepCach
         if index < len(weights.decoder_cross):
             cross = weights.decoder_cross[index]
             x = _attend_context(config, cross, x, context[index], valid)
-        x, layer = step.block_step(stack, block, x, rope, layer, slot, end)
+        x, layer = step.block_step(stack, block, x, positions, layer, slot, end)
         caches.append(layer)
     return x, StepCache(layers=tuple(caches), lengths=lengths)
 

@@ -38,9 +38,9 @@ from blt_jax.layers.embed import Embed, Head, check_token_ids
 from blt_jax.layers.language_model import NextTokenModel
 from blt_jax.layers.model import ModelConfig
 from blt_jax.layers.norms import RMSNorm
-from blt_jax.layers.projection import Initialization
+from blt_jax.layers.projection import Initialization, truncated_normal
 from blt_jax.layers.rope import RopeConfig
-from blt_jax.layers.transformer import Transformer, TransformerConfig
+from blt_jax.layers.transformer import KeyValues, Transformer, TransformerConfig
 
 VOCAB_SIZE = 128_256
 
@@ -60,7 +60,9 @@ class Llama3Config(ModelConfig):
 
     z_loss: coefficient of log(Z)^2 in the training objective. logits_chunk: tokens per row whose
     logits exist at once in the loss; 0 takes all of them unless that is more than 2^26 logits per
-    device.
+    device. sink_tokens: learnable vectors in front of every row, at positions 0.. which the tokens
+    count on from; every token sees them, whatever its document and window (arXiv 2309.17453,
+    section 3.3).
     """
 
     vocab_size: int
@@ -68,6 +70,7 @@ class Llama3Config(ModelConfig):
     tied_embeddings: bool = False
     z_loss: float = 0.0
     logits_chunk: int = 0
+    sink_tokens: int = 0
 
     def __post_init__(self):
         if self.vocab_size < 1:
@@ -76,6 +79,8 @@ class Llama3Config(ModelConfig):
             raise ValueError(f"Llama3Config.z_loss={self.z_loss}: must be >= 0")
         if self.logits_chunk < 0:
             raise ValueError(f"Llama3Config.logits_chunk={self.logits_chunk}: must be >= 0")
+        if self.sink_tokens < 0:
+            raise ValueError(f"Llama3Config.sink_tokens={self.sink_tokens}: must be >= 0")
 
     def build(self, sharding: ShardingRules | None = None) -> "Llama3":
         return Llama3(config=self, sharding=sharding or ShardingRules())
@@ -264,7 +269,8 @@ def ready_for_longer_context(
 @flax.struct.dataclass
 class Llama3Output:
     """logits: float32 [B, T, V] or None; hidden: [B, T, D], what the head multiplies; cache: the
-    KeyValues of all layers if asked for, else None; aux: float32 scalar, 0 here."""
+    KeyValues of all layers if asked for, else None, those of the sink tokens first; aux: float32
+    scalar, 0 here."""
 
     logits: Any
     hidden: Any
@@ -291,25 +297,51 @@ class Llama3(NextTokenModel):
 
         Raises TypeError for ids of a float type.
         """
-        config = self.config
+        config, stack = self.config, self.config.transformer
         check_token_ids("tokens", tokens)
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
             positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
-        stddev = 0.02 if config.transformer.initialization is Initialization.NORMAL_002 else 0.0
-        d_model, dtype = config.transformer.d_model, config.precision.dtype
-        embed = Embed(config.vocab_size, d_model, dtype, self.sharding, stddev, name="embed")
-        x_BTD = embed(tokens)
-        stack = Transformer(config.transformer, self.sharding, name="transformer")
-        x_BTD, key_values = stack(x_BTD, positions, segment_ids, emit_key_values)
-        x_BTD = RMSNorm(config.transformer.norm_eps, name="norm")(x_BTD)
+        stddev = 0.02 if stack.initialization is Initialization.NORMAL_002 else 0.0
+        dtype = config.precision.dtype
+        embed = Embed(config.vocab_size, stack.d_model, dtype, self.sharding, stddev, name="embed")
+        sinks = self._sink_key_values(stddev) if config.sink_tokens else None
+        transformer = Transformer(stack, self.sharding, name="transformer")
+        x_BTD, key_values = transformer(
+            embed(tokens), positions + config.sink_tokens, segment_ids, emit_key_values, sinks
+        )
+        if emit_key_values and sinks is not None:
+            key_values = jax.tree.map(_in_front_of_rows, sinks, key_values)
+        x_BTD = RMSNorm(stack.norm_eps, name="norm")(x_BTD)
         with jax.named_scope("head"):
             head = embed.logits
             if not config.tied_embeddings:
                 head = Head(config.vocab_size, self.sharding, stddev, name="head")
             logits_BTV = head(x_BTD) if compute_logits or self.is_initializing() else None
         return Llama3Output(logits_BTV, x_BTD, key_values, jnp.float32(0.0))
+
+    def _sink_key_values(self, stddev: float) -> KeyValues | None:
+        """Keys and values [L, 1, N, G, K] of the sink tokens; None while parameters are made.
+
+        They see themselves alone, so they are the same in front of all rows, and every device
+        computes them for itself.
+        """
+        config, stack = self.config, self.config.transformer
+        init = truncated_normal(stddev or stack.d_model**-0.5)
+        init = nn.with_logical_partitioning(init, (None, "embed"))
+        shape = (config.sink_tokens, stack.d_model)
+        x_ND = self.param("sink_tokens", init, shape, jnp.float32)
+        if self.is_initializing():
+            return None
+        sharding = dataclasses.replace(self.sharding, batch=(), length=())
+        transformer = Transformer(stack, sharding, parent=None)
+        with jax.named_scope("sink_tokens"):
+            x_1ND = x_ND.astype(config.precision.dtype)[None]
+            positions = jnp.arange(config.sink_tokens, dtype=jnp.int32)[None]
+            weights = {"params": self.variables["params"]["transformer"]}
+            segment_ids = jnp.ones_like(positions)
+            return transformer.apply(weights, x_1ND, positions, segment_ids, True)[1]
 
     def example_inputs(self) -> tuple:
         return (jnp.zeros((1, 8), jnp.int32),)
@@ -318,6 +350,16 @@ class Llama3(NextTokenModel):
         return batch["tokens"], batch.get("segment_ids"), batch.get("positions")
 
     def flops_per_token(self, context_length: int) -> float:
+        """The sink tokens' own pass is left out: it happens once per batch."""
         stack = self.config.transformer
         head = 2.0 * stack.d_model * self.config.vocab_size
-        return stack.flops_per_token(float(context_length)) + head
+        scores = 2 * 2 * stack.num_layers * stack.num_heads * stack.head_width
+        return (
+            stack.flops_per_token(float(context_length)) + head + scores * self.config.sink_tokens
+        )
+
+
+def _in_front_of_rows(sinks: jax.Array, rows: jax.Array) -> jax.Array:
+    """Keys or values [L, B, N + T, G, K] of the sinks [L, 1, N, G, K] and the rows."""
+    shape = (*rows.shape[:2], *sinks.shape[2:])
+    return jnp.concatenate([jnp.broadcast_to(sinks, shape), rows], axis=2)

@@ -1,5 +1,7 @@
 """Steps over a plain transformer equal its full forward pass."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,23 @@ import pytest
 from blt_jax.decoding.decoder import TransformerDecoder
 from blt_jax.dist.sharding import init_params
 from blt_jax.layers import cache as caches
+from blt_jax.layers.transformer import PositionEncoding, Softmax
 from blt_jax.models import llama3
 
+ALIBI = {"position_encoding": PositionEncoding.ALIBI}
+LEARNED_SINK = {"softmax": Softmax.LEARNED_SINK}
 
-def build(capacity=40, **fields):
+
+def build(capacity=40, sink_tokens=0, stack=(), **fields):
+    """A decoder with random parameters; stack: fields of the TransformerConfig to change."""
     config = llama3.small(vocab_size=30, num_layers=2, d_model=24, num_heads=4, **fields)
-    model = config.build()
-    return TransformerDecoder.create(model, init_params(model, jax.random.key(1)), capacity)
+    transformer = dataclasses.replace(config.transformer, **dict(stack))
+    config = dataclasses.replace(config, transformer=transformer, sink_tokens=sink_tokens)
+    params = init_params(config.build(), jax.random.key(1))
+    attention = params["transformer"]["layers"]["attention"]
+    if "sink" in attention:
+        attention["sink"] = jax.random.normal(jax.random.key(5), attention["sink"].shape)
+    return TransformerDecoder.create(config.build(), params, capacity)
 
 
 @jax.jit
@@ -39,6 +51,10 @@ def steps(decoder, tokens, lengths):
         {"num_kv_heads": 2, "window": 6},
         {"num_kv_heads": 1, "tied_embeddings": True},
         {"window": 64},
+        {"num_kv_heads": 2, "stack": ALIBI},
+        {"window": 6, "stack": {"softmax": Softmax.OFF_BY_ONE}},
+        {"sink_tokens": 2},
+        {"sink_tokens": 3, "window": 5, "stack": ALIBI | LEARNED_SINK},
     ],
 )
 def test_prefill_and_steps_equal_the_full_pass(fields, monkeypatch):
@@ -52,6 +68,8 @@ def test_prefill_and_steps_equal_the_full_pass(fields, monkeypatch):
         expected = full[row, length - 1 : length + 26]
         np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=0)
     np.testing.assert_array_equal(cache.lengths, lengths + 26)
+    slots = fields.get("sink_tokens", 0) + min(fields.get("window") or 40, 40)
+    assert cache.key_values.slots == slots
 
 
 def test_inactive_rows_keep_their_cache():
