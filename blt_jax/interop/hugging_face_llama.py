@@ -51,7 +51,16 @@ def stack_config(
 
 
 def stack_attributes(stack: TransformerConfig) -> dict[str, Any]:
-    """The attributes that `stack_config` reads."""
+    """The attributes that `stack_config` reads; ValueError for what they cannot express."""
+    for name, default in (
+        ("position_encoding", PositionEncoding.ROPE),
+        ("softmax", Softmax.STANDARD),
+    ):
+        if getattr(stack, name) is not default:
+            raise ValueError(
+                f"TransformerConfig.{name}={getattr(stack, name).name}: Hugging Face's blocks have "
+                f"{default.name} alone"
+            )
     return {
         "num_hidden_layers": stack.num_layers,
         "hidden_size": stack.d_model,
@@ -114,6 +123,10 @@ def write_llama(config: Llama3Config) -> dict[str, Any]:
     if stack.softmax is not Softmax.STANDARD:
         name = stack.softmax.name
         raise ValueError(f"TransformerConfig.softmax={name}: a LlamaConfig has STANDARD alone")
+    if config.sink_tokens:
+        raise ValueError(
+            f"Llama3Config.sink_tokens={config.sink_tokens}: a LlamaConfig has no sink tokens"
+        )
     if config.sink_tokens:
         raise ValueError(
             f"Llama3Config.sink_tokens={config.sink_tokens}: a LlamaConfig has no sink tokens"

@@ -8,7 +8,7 @@ runs of one comparison share the trained models.
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from blt_jax.data import word_problems
 from blt_jax.data.loader import DataConfig
 from blt_jax.data.sources import Split
+from blt_jax.data.synthetic import GeneratedBatches
 from blt_jax.data.word_problems import BOS_ID, EOS_ID, Manner, WordProblem
 from blt_jax.decoding.contrastive_decoding import (
     ContrastiveDecoder,
@@ -192,7 +193,8 @@ class ContrastiveProblems(Experiment):
 
     def _fit(self, context: Context, name: str, config: Pretraining) -> Fit:
         child = self._shared(context, name, config)
-        return config.fit(child, batches=lambda data: WordProblemBatches(data, self.shortcut_share))
+        share = self.shortcut_share
+        return config.fit(child, batches=lambda data, rows: word_problem_batches(data, share, rows))
 
     def _votes(self, pair, problems, key) -> dict[str, float]:
         """Exact match of the majority of the first k sampled answers, for every k."""
@@ -270,31 +272,21 @@ def _decoder(fit: Fit, capacity: int) -> Decoder:
     return token_decoder(fit.model, fit.params, capacity)
 
 
-class WordProblemBatches:
-    """Batches of word problems without end; batch i depends on the config's seed and i alone."""
+def word_problem_batches(
+    config: DataConfig, shortcut_share: float, rows: Sequence[int]
+) -> GeneratedBatches:
+    """Batches of word problems without end."""
 
-    def __init__(self, config: DataConfig, shortcut_share: float):
-        self._config, self._shortcut_share, self._next = config, shortcut_share, 0
-
-    def __iter__(self) -> Iterator:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        config, rows = self._config, self._config.batch_size
-        first, self._next = self._next * rows, self._next + 1
+    def make(numbers, seed):
         return word_problems.word_problem_rows(
-            range(first, first + rows),
+            numbers,
             length=config.sequence_length,
-            seed=config.seed,
+            seed=seed[0],
             split=config.split,
-            shortcut_share=self._shortcut_share,
+            shortcut_share=shortcut_share,
         )
 
-    def get_state(self) -> int:
-        return self._next
-
-    def set_state(self, state: int) -> None:
-        self._next = state
+    return GeneratedBatches(config, make, rows)
 
 
 # ---------------------------------------------------------------------------------- solving

@@ -5,7 +5,7 @@ a few letters at the start of a row has to be named again after noise.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from blt_jax.data.loader import DataConfig, evaluation_config, loader
 from blt_jax.data.packing import Packing
-from blt_jax.data.synthetic import RECALL_VOCABULARY, recall_rows
+from blt_jax.data.synthetic import RECALL_VOCABULARY, GeneratedBatches, recall_rows
 from blt_jax.layers.losses import target_nats
 from blt_jax.layers.model import Model
 from blt_jax.recipes.language_model import LanguageModel
@@ -130,37 +130,19 @@ def _figure(config: LongContext, totals: np.ndarray) -> Any:
 # ------------------------------------------------------------------------------------ recall
 
 
-class RecallBatches:
-    """Batches of the recall task without end; batch i depends on the seed and i alone.
+def recall_batches(
+    config: DataConfig, gaps: tuple[int, ...], rows: Sequence[int] | None = None
+) -> GeneratedBatches:
+    """Batches of the recall task without end, with the gaps in turn."""
 
-    rows: those of each batch that are made.
-    """
-
-    def __init__(self, config: DataConfig, gaps: tuple[int, ...], rows: Sequence[int]):
-        self._config, self._gaps, self._rows, self._next = config, gaps, rows, 0
-
-    def __iter__(self) -> Iterator:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        first = self._next * self._config.batch_size
-        self._next += 1
+    def make(numbers: Sequence[int], seed: tuple[int, ...]) -> dict[str, np.ndarray]:
+        length = config.sequence_length
         parts = [
-            recall_rows(
-                1,
-                self._gaps[i % len(self._gaps)],
-                length=self._config.sequence_length,
-                seed=(self._config.seed, int(self._config.split.value == "train"), i),
-            )
-            for i in (first + row for row in self._rows)
+            recall_rows(1, gaps[i % len(gaps)], length=length, seed=(*seed, i)) for i in numbers
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def get_state(self) -> int:
-        return self._next
-
-    def set_state(self, state: int) -> None:
-        self._next = state
+    return GeneratedBatches(config, make, rows)
 
 
 def run_recall(
@@ -174,10 +156,9 @@ def run_recall(
             f"not {config.data.sequence_length} and {config.model.vocab_size}"
         )
     config = dataclasses.replace(config, evaluation=EvaluationConfig(batches=batches))
-    fit = config.fit(context, batches=lambda data, rows: RecallBatches(data, gaps, rows))
+    fit = config.fit(context, batches=lambda data, rows: recall_batches(data, gaps, rows))
     numbers = {"recall_accuracy": fit.metrics["accuracy"]}
     held_out = evaluation_config(config.data)
-    every = range(held_out.batch_size)
 
     @jax.jit
     def accuracy(params, batch):
@@ -186,6 +167,6 @@ def run_recall(
         return right.sum() / batch["target_mask"].sum()
 
     for gap in gaps:
-        batch = next(RecallBatches(held_out, (gap,), every))
+        batch = next(recall_batches(held_out, (gap,)))
         numbers[f"recall_accuracy_{gap}"] = float(accuracy(fit.params, batch))
     return numbers

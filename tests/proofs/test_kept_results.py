@@ -10,6 +10,9 @@ from blt_jax.train.launch import load_experiment_file, run_experiment
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 
+EVICTION_COST = 0.02
+"""Nats per token that a window must lose to as many keys with sinks (arXiv 2309.17453, Fig. 3)."""
+
 NGRAM_GAIN = 0.03
 """Bits per byte that hash n-grams must gain (arXiv 2412.09871, ablation of section 7)."""
 
@@ -40,6 +43,17 @@ def check_contrastive_decoding(numbers: dict[str, float]) -> None:
     assert numbers["equal/exact_match_gain"] < numbers["early/exact_match_gain"]
 
 
+def check_streaming_llm(numbers: dict[str, float]) -> None:
+    modes = ("dense", "window", "sinks_original", "sinks")
+    nats = [numbers[f"bos/nats_{mode}"] for mode in modes]
+    assert nats == sorted(nats, reverse=True)
+    assert numbers["bos/eviction_cost"] > EVICTION_COST
+    assert abs(numbers["bos/nats_sinks"] - numbers["bos/nats_sinks_1"]) < 0.1 * EVICTION_COST
+    # Without an id of its own at the start, or with a sink in the softmax, nothing is lost.
+    for name in ("no_bos", "zero_sink", "learned_sink"):
+        assert abs(numbers[f"{name}/eviction_cost"]) < 0.1 * EVICTION_COST
+
+
 @pytest.mark.parametrize("run", ["blt_proof", "blt_proof_seeds"])
 def test_blt_proof_shows_the_gain_of_hash_ngrams(run):
     check_blt(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
@@ -52,6 +66,10 @@ def test_llama3_proof_shows_the_gain_of_annealing():
 def test_contrastive_decoding_proof_shows_the_gain_of_weak_amateurs():
     file = RESULTS / "contrastive_decoding_proof.json"
     check_contrastive_decoding(json.loads(file.read_text())["numbers"])
+
+
+def test_streaming_llm_proof_shows_the_cost_of_evicting_sinks():
+    check_streaming_llm(json.loads((RESULTS / "streaming_llm_proof.json").read_text())["numbers"])
 
 
 def test_kept_results_name_commit_device_and_versions():
@@ -69,6 +87,7 @@ def test_kept_results_name_commit_device_and_versions():
         ("blt", check_blt),
         ("contrastive_decoding", check_contrastive_decoding),
         ("llama3", check_llama3),
+        ("streaming_llm", check_streaming_llm),
     ],
 )
 def test_proof_again(system, check, tmp_path):
