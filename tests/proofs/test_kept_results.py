@@ -54,6 +54,13 @@ def test_contrastive_decoding_proof_shows_the_gain_of_weak_amateurs():
     check_contrastive_decoding(json.loads(file.read_text())["numbers"])
 
 
+def test_contrastive_decoding_of_text_repeats_less_and_ranks_better():
+    file = RESULTS / "contrastive_decoding_proof_text.json"
+    numbers = json.loads(file.read_text())["numbers"]
+    assert numbers["diversity_beta_0.5"] > numbers["diversity_beta_0"]
+    assert numbers["ranking_accuracy_beta_0.5"] > numbers["ranking_accuracy_beta_0"]
+
+
 def test_kept_results_name_commit_device_and_versions():
     files = sorted(RESULTS.glob("*.json"))
     assert files
