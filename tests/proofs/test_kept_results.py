@@ -72,6 +72,13 @@ def test_streaming_llm_proof_shows_the_cost_of_evicting_sinks():
     check_streaming_llm(json.loads((RESULTS / "streaming_llm_proof.json").read_text())["numbers"])
 
 
+def test_contrastive_decoding_of_text_repeats_less_and_ranks_better():
+    file = RESULTS / "contrastive_decoding_proof_text.json"
+    numbers = json.loads(file.read_text())["numbers"]
+    assert numbers["diversity_beta_0.5"] > numbers["diversity_beta_0"]
+    assert numbers["ranking_accuracy_beta_0.5"] > numbers["ranking_accuracy_beta_0"]
+
+
 def test_kept_results_name_commit_device_and_versions():
     files = sorted(RESULTS.glob("*.json"))
     assert files
