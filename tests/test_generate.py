@@ -81,12 +81,13 @@ def test_blt_with_exact_ngram_tables(tmp_path, capsys):
     loaded, params = model_files.load_model(tmp_path / "model")
     tokens = jnp.concatenate([jnp.array([1]), documents[0][:19]])[None].astype(jnp.int32)
     starts = patcher.starts(tokens)
-    full = loaded.apply({"params": params}, tokens, starts).logits
+    full = jax.jit(loaded.apply)({"params": params}, tokens, starts).logits
     decoder = BLTDecoder.create(loaded, params, patcher, 32).prepare()
-    logits, cache = decoder.prefill(tokens[:, :3], jnp.array([3]))
+    logits, cache = jax.jit(BLTDecoder.prefill)(decoder, tokens[:, :3], jnp.array([3]))
+    step = jax.jit(BLTDecoder.step)
     for index in range(3, 20):
         np.testing.assert_allclose(logits[0], full[0, index - 1], atol=1e-4)
-        logits, cache = decoder.step(tokens[:, index], cache)
+        logits, cache = step(decoder, tokens[:, index], cache)
 
 
 def test_prompts_are_read_until_an_empty_line(llama_folder, capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """The launcher: flags, errors, --list, and runs that are killed and started again."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from blt_jax import run
 from blt_jax.train.writers import read_metrics, read_results
 from tests.example_experiments import TEXT
+from tests.train.launched import environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TIMINGS = ("bytes_per_second", "tokens_per_second", "seconds_per_step", "seconds")
@@ -118,7 +118,7 @@ def start(*arguments):
     return subprocess.Popen(
         command(*arguments),
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=environment(arguments[0].parent / "compiled"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
