@@ -64,8 +64,8 @@ def causal_attention(
     """Causal self-attention inside documents, optionally in a sliding window.
 
     segment_ids: 0 = padding (output 0), 1.. = documents. A window of w shows a query itself and
-    the w - 1 positions before it; 0 means no window. slopes: constants, from the score of query i
-    and key j slope (i - j) is subtracted. sink: one logit per query head that takes part in the
+    the w - 1 positions before it; 0 means no window. slopes: constants; slope (i - j) is subtracted
+    from the score of query i and key j. sink: one logit per query head that takes part in the
     softmax and has no value. prefix: keys that every query sees. Short rows take the dense form,
     longer ones go by blocks: memory is linear in T, and so is time with a window. Programs for TPU
     take a kernel for them, unless there are slopes or a prefix.

@@ -54,11 +54,10 @@ def join_softmax(
     scores = [lse[None]]
     if prefix is not None:
         N, G = prefix.key.shape[:2]
-        q_BTGRK = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(B, T, G, H // G, K)
-        scores_NBGRT = jnp.einsum(
-            "btgrk,ngk->nbgrt", q_BTGRK, prefix.key, preferred_element_type=jnp.float32
-        )
-        scores_NBHT = scores_NBGRT.reshape(N, B, H, T)
+        # Few keys: their products may be float32, and CPU has none such of two bfloat16 arrays.
+        key, value = (x.astype(jnp.float32) for x in (prefix.key, prefix.value))
+        q_BTGRK = (q.astype(jnp.float32) * scale).reshape(B, T, G, H // G, K)
+        scores_NBHT = jnp.einsum("btgrk,ngk->nbgrt", q_BTGRK, key).reshape(N, B, H, T)
         if slopes is not None:
             scores_NBHT += jnp.moveaxis(prefix.bias(slopes), 3, 0)
         scores.append(scores_NBHT)
@@ -68,9 +67,6 @@ def join_softmax(
     weights = jax.nn.softmax(jnp.concatenate(scores), axis=0)
     joined = out.astype(jnp.float32) * jnp.swapaxes(weights[0], 1, 2)[..., None]
     if prefix is not None:
-        weights_NBGRT = weights[1 : N + 1].reshape(N, B, G, H // G, T).astype(out.dtype)
-        values = jnp.einsum(
-            "nbgrt,ngj->btgrj", weights_NBGRT, prefix.value, preferred_element_type=jnp.float32
-        )
-        joined += values.reshape(joined.shape)
+        weights_NBGRT = weights[1 : N + 1].reshape(N, B, G, H // G, T)
+        joined += jnp.einsum("nbgrt,ngj->btgrj", weights_NBGRT, value).reshape(joined.shape)
     return jnp.where((segment_ids > 0)[:, :, None, None], joined, 0.0).astype(out.dtype)

@@ -15,6 +15,9 @@ Release 3.1 (rotary frequency scaling)  RopeConfig.scaling_factor, set by `llama
 Section 3.4.1 (growing batches)         BatchStage, BATCH_SCHEDULE, stage_at
 Section 3.4.2 (long context)            ContextStage, context_extension, ready_for_longer_context
 Section 3.4.3 (annealing, averaging)    settings of blt_jax.train
+Not in the paper: linear position bias  TransformerConfig.position_encoding (arXiv 2108.12409)
+  softmax with a sink logit             TransformerConfig.softmax (arXiv 2309.17453, gpt-oss)
+  learnable tokens before every row     Llama3Config.sink_tokens (arXiv 2309.17453)
 Generation                              decoding.decoder.TransformerDecoder
 
 Departures: the paper says nothing on initialisation; here a normal cut at three sigma with sigma =

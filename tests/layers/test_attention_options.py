@@ -159,6 +159,21 @@ def test_blocks_equal_dense(plan, names, monkeypatch):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("length", [20, 150])
+def test_bfloat16(length):
+    arguments, options = arrays(length)
+
+    def narrow(x):
+        return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+
+    prefix = jax.tree.map(narrow, options["prefix"])
+    inputs = tuple(map(narrow, arguments)), options | {"prefix": prefix}
+    found = jax.jit(lambda: with_gradients(causal_attention, *inputs))()
+    expected = jax.jit(lambda: with_gradients(dense_causal_attention, arguments, options))()
+    assert found[0].dtype == jnp.bfloat16
+    assert_close(found, expected, 2e-2)
+
+
 def test_memory_is_linear(monkeypatch):
     monkeypatch.setattr(block_attention, "TILE", 64)
     arguments, options = arrays(2048, heads=1, kv_heads=1)
@@ -218,6 +233,22 @@ def test_sharded_equals_one_device(config, kv_heads, window):
     with jax.set_mesh(make_mesh(config)):
         found = jax.jit(lambda: with_gradients(attend, arguments, options))()
     assert_close(found, expected, 2e-5)
+
+
+def test_pieces_of_a_row():
+    arguments, options = arrays(64)
+    options = chosen(options, ("sink", "prefix"))
+
+    def attend(*x, **options):
+        return sharded_causal_attention(*x, window=9, sharding=RULES, pieces=4, **options)
+
+    def dense(*x, **options):
+        return dense_causal_attention(*x, window=9, **options)
+
+    found = jax.jit(lambda: with_gradients(attend, arguments, options))()
+    expected = jax.jit(lambda: with_gradients(dense, arguments, options))()
+    # The padding at the end of the first row is that of its last piece.
+    assert_close(found, expected)
 
 
 def test_slopes():
