@@ -1,0 +1,771 @@
+"""Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453).
+
+Softmax has to put its mass somewhere, and trained models put what they do not need on the first
+tokens of a text, the attention sinks; a sliding window that drops these breaks the model. Keeping
+the keys and values of a few first tokens beside a window of recent ones, with positions counted
+inside the cache, lets a model trained on short rows read streams without end, at constant memory
+and time per token. Nothing is retrained, and what left the window is gone: the context does not
+get longer.
+
+Axes: B batch, T tokens, S sinks, W recent tokens, C = S + W slots, H query heads, G key-value
+heads, K head width, J width of the values, N blocks of queries, V vocabulary, L layers.
+
+| paper | here |
+|---|---|
+| section 3.2, Fig. 4: sinks and rolling cache | `SinkCache`, `stream_step`, `StreamingDecoder` |
+| section 3.2: positions inside the cache | `Positions`, `query_positions` |
+| keys cached before rotation, rotated in every step | `Rotation.IN_CACHE` |
+| section 3.1, Fig. 3, Table 1: dense, window, re-computation | `Policy`, `streaming_decoder` |
+| section 4.1: perplexity of a long stream | `streaming_nats` |
+
+Departures. The published code shifts its arrays and keeps S + W tokens beside the current one:
+here slots are overwritten in a ring, and S + W counts the current token unless `include_current`
+is False. `Rotation.TWO_PHASE` caches rotated keys instead: relative to a recent key the position
+in the cache and in the stream agree, and only the sinks need a query of their own. A prompt or a
+whole stream is read in blocks with the same cache (`extend`), the same function as one token at
+a time; the published code evaluates token by token, and frees room for a chat prompt beforehand.
+Learned absolute positions are not supported; no model here has them. Megalodon needs none of this:
+its state has a constant size by construction.
+"""
+
+import dataclasses
+import enum
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from blt_jax.decoding.decoder import Decoder, TransformerDecoder
+from blt_jax.layers import step
+from blt_jax.layers.cache import LayerCache, ring_index
+from blt_jax.layers.losses import target_nats
+from blt_jax.layers.masks import NEGATIVE
+from blt_jax.layers.norms import rms_norm
+from blt_jax.layers.rope import RopeConfig, rope_frequencies, rotate
+from blt_jax.layers.transformer import TransformerConfig
+from blt_jax.models.llama3 import Llama3
+
+MAX_TOKENS = 2**31 - 1
+"""Tokens of a row: positions are int32."""
+
+BLOCK = 128
+"""Most queries of a block of `extend`."""
+
+PIECE = 1024
+"""Tokens that are read at once in a long prompt or stream."""
+
+
+# ------------------------------------------------------------------------------------ options
+
+
+class Policy(enum.Enum):
+    """What a token may attend to (Fig. 1): the first and the recent tokens, the recent ones, all
+    before it, or the recent ones read anew for every token."""
+
+    SINKS = "sinks"
+    WINDOW = "window"
+    DENSE = "dense"
+    RECOMPUTE = "recompute"
+
+
+class Positions(enum.Enum):
+    """Where a key counts as standing: its rank in the cache, or its index in the text."""
+
+    IN_CACHE = "in_cache"
+    ORIGINAL = "original"
+
+
+class Rotation(enum.Enum):
+    """When keys are rotated: all of them in every step, or once, as they enter the cache."""
+
+    IN_CACHE = "in_cache"
+    TWO_PHASE = "two_phase"
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class StreamingConfig:
+    """Sizes and options of the cache; `num_sinks` + `window` are the paper's "4+1020".
+
+    include_current: the window counts the token that attends; False keeps one more, as the
+    published code does. stride: of RECOMPUTE, tokens predicted per window that is read. Each policy
+    reads only the fields that concern it; trained_length: row length of the training, 0 unknown.
+    """
+
+    policy: Policy = Policy.SINKS
+    num_sinks: int = 4
+    window: int = 1020
+    positions: Positions = Positions.IN_CACHE
+    rotation: Rotation = Rotation.IN_CACHE
+    include_current: bool = True
+    stride: int = 1
+    trained_length: int = 0
+
+    def __post_init__(self):
+        name = "StreamingConfig"
+        if self.num_sinks < 0:
+            raise ValueError(f"{name}.num_sinks={self.num_sinks}: must be >= 0")
+        if self.window < 1:
+            raise ValueError(f"{name}.window={self.window}: must be >= 1")
+        if self.trained_length < 0:
+            raise ValueError(f"{name}.trained_length={self.trained_length}: must be >= 0")
+        if (self.policy is Policy.SINKS) != (self.num_sinks > 0):
+            raise ValueError(
+                f"{name}.num_sinks={self.num_sinks}: must be >= 1 with policy SINKS and 0 with "
+                f"the others, not with {self.policy.name}"
+            )
+        if not 1 <= self.stride <= self.window:
+            raise ValueError(f"{name}.stride={self.stride}: must be 1..window={self.window}")
+        if self.stride > 1 and self.policy is not Policy.RECOMPUTE:
+            raise ValueError(f"{name}.stride={self.stride}: only policy RECOMPUTE has strides")
+
+    @property
+    def recent(self) -> int:
+        """W: recent tokens that are attended to, the current one among them."""
+        return self.window if self.include_current else self.window + 1
+
+    @property
+    def size(self) -> int:
+        """C: keys that a token attends to once the cache is full."""
+        return self.num_sinks + self.recent
+
+
+def sinks(num_sinks: int, window: int, **options: Any) -> StreamingConfig:
+    """Attention sinks and recent tokens, "4+1020"."""
+    return StreamingConfig(num_sinks=num_sinks, window=window, **options)
+
+
+def window(size: int, **options: Any) -> StreamingConfig:
+    """Recent tokens alone, "0+1024"."""
+    return StreamingConfig(policy=Policy.WINDOW, num_sinks=0, window=size, **options)
+
+
+def recompute(size: int, stride: int = 1) -> StreamingConfig:
+    """The last `size` tokens read from scratch for every `stride` predictions."""
+    return StreamingConfig(policy=Policy.RECOMPUTE, num_sinks=0, window=size, stride=stride)
+
+
+def dense() -> StreamingConfig:
+    """Everything before a token."""
+    return StreamingConfig(policy=Policy.DENSE, num_sinks=0)
+
+
+# ------------------------------------------------------------- positions inside the cache (3.2)
+
+
+def query_positions(
+    config: StreamingConfig, position: Int[Array, "*B"]
+) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
+    """Where the token at index `position` of the text stands to recent tokens and to sinks.
+
+    A recent key at index j counts as j + (first - position), a sink as its index. To recent keys
+    only the distance matters, which no shift changes, so the full index serves as well.
+    """
+    in_cache = jnp.minimum(position, config.size - 1)
+    to_sinks = in_cache if config.positions is Positions.IN_CACHE else position
+    raw = config.rotation is Rotation.IN_CACHE and config.positions is Positions.IN_CACHE
+    return (in_cache if raw else position), to_sinks
+
+
+@functools.lru_cache(maxsize=32)
+def _digit_angles(rope: RopeConfig, head_dim: int, digits: int) -> np.ndarray:
+    """complex64 [digits, 256, K / 2]: rotation by every digit of a position to base 256."""
+    frequencies = rope_frequencies(rope, head_dim).astype(np.float64)
+    positions = 256.0 ** np.arange(digits)[:, None] * np.arange(256)[None, :]
+    return np.exp(1j * positions[:, :, None] * frequencies).astype(np.complex64)
+
+
+def stream_rope(
+    positions: Int[Array, "B T"], rope: RopeConfig, head_dim: int, limit: int = MAX_TOKENS
+) -> Float[Array, "B T K"]:
+    """As `rope.rope_table` for positions 0..limit-1, accurate at any of them.
+
+    A float32 angle of 4 million is off by up to 0.25: here the rotations by the digits of a
+    position, worked out in float64, are multiplied.
+    """
+    digits = max(1, -(-(limit - 1).bit_length() // 8))
+    table = _digit_angles(rope, head_dim, digits)
+    result = None
+    for digit in range(digits):
+        index = (positions >> (8 * digit)) & 255
+        a, b = (jnp.take(jnp.asarray(part), index, axis=0) for part in _parts(table[digit]))
+        if result is None:
+            result = a, b
+        else:
+            cos, sin = result
+            result = cos * a - sin * b, sin * a + cos * b
+    return jax.lax.optimization_barrier(jnp.concatenate(result, axis=-1))
+
+
+def _parts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.ascontiguousarray(table.real), np.ascontiguousarray(table.imag)
+
+
+# ------------------------------------------------------------- sinks and rolling cache (3.2)
+
+
+@flax.struct.dataclass
+class SinkCache:
+    """Keys and values of the first S and the last W tokens of every row.
+
+    layers: tuple of LayerCache with the chunks [B, G, S, K] (none without sinks) and [B, G, W, K];
+    token p < S lies in slot p, a later one in slot S + (p - S) % W. Keys are unrotated with
+    Rotation.IN_CACHE. lengths: int32 [B], tokens read.
+    """
+
+    layers: Any
+    lengths: Any
+
+    @classmethod
+    def create(
+        cls, config: StreamingConfig, stack: TransformerConfig, rows: int, dtype: jnp.dtype
+    ) -> "SinkCache":
+        """The cache of rows that have read nothing."""
+        sizes = (*((config.num_sinks,) if config.num_sinks else ()), config.recent)
+        shapes = [(rows, stack.kv_heads, size, stack.head_width) for size in sizes]
+        zeros = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        layer = LayerCache(key=zeros, value=zeros)
+        return cls(layers=(layer,) * stack.num_layers, lengths=jnp.zeros((rows,), jnp.int32))
+
+    def take_rows(self, indices) -> "SinkCache":
+        """The cache of rows `indices` [B']."""
+        return jax.tree.map(lambda x: x[indices], self)
+
+    def counters(self) -> dict[str, jax.Array]:
+        return {"tokens": self.lengths}
+
+
+class _Keys(NamedTuple):
+    """Queries [B, T, H, K] with the keys [B, G, S, K] that they are rotated for, the values
+    [B, G, S, J], and which query sees which [B, T, S]."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+
+
+def _attend(parts: list[_Keys]) -> jax.Array:
+    """One softmax in float32 over the keys of all parts: [B, T, H, J]."""
+    (B, T, H, K), G = parts[0].query.shape, parts[0].key.shape[1]
+    scores = []
+    for part in parts:
+        q_BTGRK = (part.query * K**-0.5).reshape(B, T, G, H // G, K)
+        score = jnp.einsum(
+            "btgrk,bgsk->bgrts", q_BTGRK, part.key, preferred_element_type=jnp.float32
+        )
+        scores.append(jnp.where(part.mask[:, None, None], score, NEGATIVE))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    out, start = jnp.zeros((), jnp.float32), 0
+    for part in parts:
+        end = start + part.key.shape[2]
+        share = weights[..., start:end].astype(part.value.dtype)
+        product = ("bgrts,bgsj->btgrj", share, part.value)
+        out = out + jnp.einsum(*product, preferred_element_type=jnp.float32)
+        start = end
+    return out.reshape(B, T, H, -1).astype(parts[0].query.dtype)
+
+
+def _block(stack: TransformerConfig, weights: step.BlockWeights, x, attend):
+    """One transformer block over x [B, T, D]; attend(q, k, v) gives the values and the cache."""
+    H, G, K = stack.num_heads, stack.kv_heads, stack.head_width
+    with jax.named_scope("attention"):
+        h = rms_norm(x, weights.attention_norm, stack.norm_eps)
+        qkv_BTHK = (h @ weights.qkv).reshape(*x.shape[:2], H + 2 * G, K)
+        out, cache = attend(*jnp.split(qkv_BTHK, (H, H + G), axis=2))
+        x = x + out.reshape(*x.shape[:2], H * K) @ weights.out
+    with jax.named_scope("mlp"):
+        h = rms_norm(x, weights.mlp_norm, stack.norm_eps)
+        x = x + (jax.nn.silu(h @ weights.gate) * (h @ weights.up)) @ weights.down
+    return x, cache
+
+
+def stream_step(
+    config: StreamingConfig,
+    stack: TransformerConfig,
+    layers: tuple[step.BlockWeights, ...],
+    x: Float[Array, "B D"],
+    cache: SinkCache,
+    active: Bool[Array, " B"] | None = None,
+    rows: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B D"], SinkCache]:
+    """`layers.step.transformer_step` with a SinkCache: one write per row and layer, no shift."""
+    active = jnp.ones(x.shape[:1], bool) if active is None else active
+    every = jnp.arange(x.shape[0], dtype=jnp.int32) if rows is None else rows
+    S, W = config.num_sinks, config.recent
+    position = jnp.take(cache.lengths, every, mode="clip")
+    slot = jnp.where(position < S, position, S + (position - S) % W)
+    slot = jnp.where(active, slot, S + W)
+    token_BW, filled_BW = ring_index(jnp.full_like(position, S), position + 1, W)
+    seen = [(jnp.arange(S, dtype=jnp.int32)[None, :] <= position[:, None]), filled_BW]
+    seen = [mask[:, None] for mask in seen]
+
+    raw = config.rotation is Rotation.IN_CACHE
+    limit = config.size if raw and config.positions is Positions.IN_CACHE else MAX_TOKENS
+    table = functools.partial(stream_rope, rope=stack.rope, head_dim=stack.head_width)
+    to_recent, to_sinks = query_positions(config, position)
+    rope_recent = table(to_recent[:, None], limit=limit)
+    rope_sinks = table(to_sinks[:, None], limit=limit) if S else None
+    rope_new = None if raw else table(position[:, None])
+    rank_BW = jnp.maximum(token_BW + (to_recent - position)[:, None], 0)
+    rope_keys = [table(rank_BW, limit=limit)] if raw else []
+    if raw and S:
+        rope_keys.insert(0, table(jnp.arange(S, dtype=jnp.int32)[None, :], limit=S))
+
+    def attend(layer, q, k, v):
+        if not raw:
+            k = rotate(k, rope_new, stack.rope.layout)
+        layer = layer.write(k[:, 0], v[:, 0], slot, rows)
+        keys, values = layer.key, layer.value
+        if rows is not None:
+            take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
+            keys, values = jax.tree.map(take, (keys, values))
+        if raw:
+            keys = [_rotate_keys(x, t, stack.rope) for x, t in zip(keys, rope_keys, strict=True)]
+        queries = [rotate(q, t, stack.rope.layout) for t in (rope_sinks, rope_recent)[not S :]]
+        parts = zip(queries, keys, values, seen[not S :], strict=True)
+        return _attend([_Keys(*part) for part in parts]), layer
+
+    x, caches = x[:, None], []
+    for weights, layer in zip(layers, cache.layers, strict=True):
+        x, layer = _block(stack, weights, x, functools.partial(attend, layer))
+        caches.append(layer)
+    lengths = cache.lengths.at[every].add(active.astype(jnp.int32), mode="drop")
+    return x[:, 0], SinkCache(layers=tuple(caches), lengths=lengths)
+
+
+def _rotate_keys(key, table, rope: RopeConfig):
+    """Keys [B, G, S, K] rotated by a table [B, S, K] or [1, S, K]."""
+    return jnp.swapaxes(rotate(jnp.swapaxes(key, 1, 2), table, rope.layout), 1, 2)
+
+
+# -------------------------------------------------------------------- many tokens at once
+
+
+def extend(
+    config: StreamingConfig,
+    stack: TransformerConfig,
+    layers: tuple[step.BlockWeights, ...],
+    x: Float[Array, "B T D"],
+    cache: SinkCache,
+    counts: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], SinkCache]:
+    """The first `counts` of T tokens per row, as `stream_step` would read them one after another.
+
+    What is cached of a token depends on its own hidden state alone, so a layer can read all tokens
+    before the next one does. Queries go in blocks, each with the W keys before its own ones and the
+    sinks. T must be a multiple of `block_size`.
+    """
+    (B, T, _), S, W = x.shape, config.num_sinks, config.recent
+    Q, first = block_size(config, T), cache.lengths
+    if T % Q:
+        raise ValueError(f"extend: {T} tokens are no multiple of the block of {Q}")
+    N, G, K = T // Q, stack.kv_heads, stack.head_width
+    raw = config.rotation is Rotation.IN_CACHE
+    position_BT = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    table = functools.partial(stream_rope, rope=stack.rope, head_dim=K)
+
+    # Kept tokens in order, then the new ones: number e has the index first - W + e of the text.
+    index_E = jnp.arange(W + T, dtype=jnp.int32)
+    token_BE = first[:, None] - W + index_E[None, :]
+    old_BW = (token_BE[:, :W] - S) % W
+    after_BW, _ = ring_index(jnp.full_like(first, S), first + counts, W)
+    after_BW = jnp.clip(after_BW - first[:, None] + W, 0, W + T - 1)
+    rope_E = table(index_E[None, :], limit=W + T) if raw else None
+    rope_BT = rope_E[:, W:] if raw else table(position_BT)
+    if S:
+        sink_S = jnp.arange(S, dtype=jnp.int32)
+        new_BS = jnp.clip(sink_S[None, :] - first[:, None], 0, T - 1)
+        is_new = sink_S[None, :] >= first[:, None]
+        is_new &= sink_S[None, :] < (first + counts)[:, None]
+        rope_S = table(sink_S[None, :], limit=S)
+        rope_sinks = table(query_positions(config, position_BT)[1])
+
+    # Query i of a block sees the numbers i + 1 .. i + W of the keys from the block's start on.
+    block_NF = (jnp.arange(N, dtype=jnp.int32) * Q)[:, None] + jnp.arange(W + Q)[None, :]
+    distance_QF = jnp.arange(W + Q)[None, :] - jnp.arange(Q)[:, None]
+    near_QF = (distance_QF > 0) & (distance_QF <= W)
+    later_BNF = jnp.take(token_BE >= S, block_NF, axis=1)
+    recent_mask = (later_BNF[:, :, None] & near_QF[None, None]).reshape(B * N, Q, W + Q)
+
+    def blocks(x_BTHK):
+        return x_BTHK.reshape(B * N, Q, *x_BTHK.shape[2:])
+
+    def key_blocks(x_BGEK):
+        x = jnp.moveaxis(jnp.take(x_BGEK, block_NF, axis=2), 2, 1)
+        return x.reshape(B * N, G, W + Q, K)
+
+    def gather(x_BGSK, index_BS):
+        return jnp.take_along_axis(x_BGSK, index_BS[:, None, :, None], axis=2)
+
+    def attend(layer, q, k, v):
+        rotated = rotate(k, rope_BT, stack.rope.layout)
+        # What is cached, and what is attended to.
+        new_k, new_v = (jnp.swapaxes(x, 1, 2) for x in (k if raw else rotated, v))
+        key, value = (
+            jnp.concatenate([gather(chunks[-1], old_BW), new], axis=2)
+            for chunks, new in ((layer.key, new_k), (layer.value, new_v))
+        )
+        kept = [[gather(x, after_BW)] for x in (key, value)]
+        seen = _rotate_keys(key, rope_E, stack.rope) if raw else key
+        q_recent = rotate(q, rope_BT, stack.rope.layout)
+        parts = [_Keys(blocks(q_recent), key_blocks(seen), key_blocks(value), recent_mask)]
+        if S:
+            mask = is_new[:, None, :, None]
+            sink = [
+                jnp.where(mask, gather(new, new_BS), chunks[0])
+                for chunks, new in ((layer.key, new_k), (layer.value, new_v))
+            ]
+            kept = [[a, *b] for a, b in zip(sink, kept, strict=True)]
+            key = _rotate_keys(sink[0], rope_S, stack.rope) if raw else sink[0]
+            visible = blocks(sink_S[None, None, :] <= position_BT[:, :, None])
+            keys, values = (jnp.repeat(x, N, axis=0) for x in (key, sink[1]))
+            q_sinks = blocks(rotate(q, rope_sinks, stack.rope.layout))
+            parts.insert(0, _Keys(q_sinks, keys, values, visible))
+        out = _attend(parts).reshape(B, T, *q.shape[2:])
+        return out, LayerCache(key=tuple(kept[0]), value=tuple(kept[1]))
+
+    caches = []
+    for weights, layer in zip(layers, cache.layers, strict=True):
+        x, layer = _block(stack, weights, x, functools.partial(attend, layer))
+        caches.append(layer)
+    return x, SinkCache(layers=tuple(caches), lengths=first + counts)
+
+
+def block_size(config: StreamingConfig, length: int) -> int:
+    """Queries per block of `extend` for `length` tokens."""
+    return min(BLOCK, config.recent, length)
+
+
+def piece_size(config: StreamingConfig, length: int) -> int:
+    """Tokens read at once of prompts or streams of `length` tokens: whole blocks, about PIECE."""
+    block = block_size(config, length)
+    return block * max(1, min(PIECE // block, -(-length // block)))
+
+
+# ---------------------------------------------------------------------------------- decoders
+
+
+@flax.struct.dataclass
+class StreamingDecoder:
+    """Decoder of a plain transformer with sinks and a window: rows never run full.
+
+    Make it with `streaming_decoder`, which checks the parts.
+    """
+
+    model: Llama3 = flax.struct.field(pytree_node=False)
+    params: Any
+    config: StreamingConfig = flax.struct.field(pytree_node=False)
+    weights: Any = None
+    """Tuple of step.BlockWeights, see `prepare`."""
+
+    @property
+    def capacity(self) -> int:
+        """Bounded by the type of the positions alone."""
+        return MAX_TOKENS
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    def prepare(self) -> "StreamingDecoder":
+        """As Decoder.prepare."""
+        if self.weights is not None:
+            return self
+        layers = self.params["transformer"]["layers"]
+        return self.replace(weights=step.block_weights(layers, self.model.config.precision.dtype))
+
+    def new_cache(self, rows: int) -> SinkCache:
+        """The cache of rows that have read nothing."""
+        return SinkCache.create(self.config, self._stack, rows, self.model.config.precision.dtype)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], SinkCache]:
+        """As Decoder.prefill; prompts may be longer than the cache."""
+        step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
+        B, T = tokens.shape
+        size, lengths = piece_size(self.config, T), lengths.astype(jnp.int32)
+        valid = jnp.arange(T, dtype=jnp.int32)[None, :] < lengths[:, None]
+        tokens = _in_pieces(jnp.where(valid, tokens.astype(jnp.int32), 0), size)
+        decoder = self.prepare()
+
+        def piece(state, tokens):
+            last_BD, cache = state
+            counts = jnp.clip(lengths - cache.lengths, 0, size)
+            x, cache = decoder.extend(tokens, cache, counts)
+            end_BD = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+            return (jnp.where((counts > 0)[:, None], end_BD, last_BD), cache), None
+
+        dtype = self.model.config.precision.dtype
+        state = (jnp.zeros((B, self._stack.d_model), dtype), self.new_cache(B))
+        (x, cache), _ = jax.lax.scan(piece, state, tokens)
+        return self.model.token_logits(self.params, x), cache
+
+    def step(
+        self,
+        tokens: Int[Array, " B"],
+        cache: SinkCache,
+        active: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], SinkCache]:
+        """As Decoder.step. Raises ValueError for a cache of another size."""
+        step.check_token_ids("tokens", tokens)
+        step.check_room(cache.lengths, 1, self.capacity)
+        check_cache(self.config, self._stack, cache)
+        x, cache = stream_step(
+            self.config, self._stack, self.prepare().weights, self._embed(tokens), cache, active
+        )
+        x = rms_norm(x, self.params["norm"]["weight"], self._stack.norm_eps)
+        return self.model.token_logits(self.params, x), cache
+
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: SinkCache, counts: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], SinkCache]:
+        """Hidden states, as the head reads them, of `counts` more tokens per row."""
+        layers = self.prepare().weights
+        x, cache = extend(self.config, self._stack, layers, self._embed(tokens), cache, counts)
+        return rms_norm(x, self.params["norm"]["weight"], self._stack.norm_eps), cache
+
+    def _embed(self, tokens):
+        dtype = self.model.config.precision.dtype
+        return jnp.take(self.params["embed"]["table"], tokens, axis=0).astype(dtype)
+
+    @property
+    def _stack(self) -> TransformerConfig:
+        return self.model.config.transformer
+
+
+@flax.struct.dataclass
+class TextCache:
+    """The last C tokens of every row: text int32 [B, C], token p in slot p % C; lengths [B]."""
+
+    text: Any
+    lengths: Any
+
+    def take_rows(self, indices) -> "TextCache":
+        """The cache of rows `indices` [B']."""
+        return jax.tree.map(lambda x: x[indices], self)
+
+    def counters(self) -> dict[str, jax.Array]:
+        return {"tokens": self.lengths}
+
+
+@flax.struct.dataclass
+class RecomputeDecoder:
+    """Decoder that reads the last C tokens anew for every token (Fig. 1 c): O(C^2) per token."""
+
+    model: Llama3 = flax.struct.field(pytree_node=False)
+    params: Any
+    config: StreamingConfig = flax.struct.field(pytree_node=False)
+
+    @property
+    def capacity(self) -> int:
+        """Bounded by the type of the positions alone."""
+        return MAX_TOKENS
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    def prepare(self) -> "RecomputeDecoder":
+        return self
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], TextCache]:
+        """As Decoder.prefill."""
+        step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
+        lengths = lengths.astype(jnp.int32)
+        index_BC, filled_BC = ring_index(jnp.zeros_like(lengths), lengths, self.config.window)
+        index_BC = jnp.clip(index_BC, 0, tokens.shape[1] - 1)
+        text = jnp.take_along_axis(tokens.astype(jnp.int32), index_BC, axis=1)
+        cache = TextCache(text=jnp.where(filled_BC, text, 0), lengths=lengths)
+        return self._logits(cache), cache
+
+    def step(
+        self,
+        tokens: Int[Array, " B"],
+        cache: TextCache,
+        active: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], TextCache]:
+        """As Decoder.step."""
+        step.check_token_ids("tokens", tokens)
+        step.check_room(cache.lengths, 1, self.capacity)
+        active = jnp.ones(tokens.shape, bool) if active is None else active
+        C = self.config.window
+        slot = jnp.where(active, cache.lengths % C, C)
+        row = jnp.arange(tokens.shape[0])
+        text = cache.text.at[row, slot].set(tokens.astype(jnp.int32), mode="drop")
+        cache = TextCache(text=text, lengths=cache.lengths + active.astype(jnp.int32))
+        return self._logits(cache), cache
+
+    def _logits(self, cache: TextCache):
+        C = self.config.window
+        count = jnp.minimum(cache.lengths, C)
+        order_BC = (cache.lengths - count)[:, None] + jnp.arange(C, dtype=jnp.int32)[None, :]
+        text = jnp.take_along_axis(cache.text, order_BC % C, axis=1)
+        real = (jnp.arange(C)[None, :] < count[:, None]).astype(jnp.int32)
+        out = self.model.apply({"params": self.params}, text, real, compute_logits=False)
+        last_B1D = jnp.take_along_axis(out.hidden, (count - 1)[:, None, None], axis=1)
+        return self.model.token_logits(self.params, last_B1D[:, 0])
+
+
+def streaming_decoder(
+    model: Llama3, params: dict[str, Any], config: StreamingConfig, capacity: int = 0
+) -> Decoder:
+    """The Decoder of a policy. capacity: of DENSE alone, tokens that a row may reach.
+
+    Raises TypeError for a model without a key-value cache; ValueError for DENSE without a
+    capacity, a capacity for others, strides, and a model whose own window is shorter than the
+    cache. Warns when the cache is longer than the rows of the training.
+    """
+    if not isinstance(model, Llama3):
+        raise TypeError(
+            f"model is a {type(model).__name__}: must be a Llama3 (a Megalodon has a state of "
+            "constant size already)"
+        )
+    if (config.policy is Policy.DENSE) != (capacity > 0):
+        raise ValueError(
+            f"capacity={capacity}: must be >= 1 with policy DENSE and 0 with the others, not "
+            f"with {config.policy.name}"
+        )
+    if config.policy is Policy.DENSE:
+        return TransformerDecoder.create(model, params, capacity)
+    check_stack(config, model.config.transformer)
+    if config.policy is Policy.RECOMPUTE:
+        if config.stride > 1:
+            raise ValueError(
+                f"stride={config.stride}: a decoder predicts every token, strides are for "
+                "streaming_nats"
+            )
+        return RecomputeDecoder(model=model, params=params, config=config)
+    return StreamingDecoder(model=model, params=params, config=config)
+
+
+def check_stack(config: StreamingConfig, stack: TransformerConfig) -> None:
+    """Raises ValueError for a stack whose own window is shorter than the cache; warns for a cache
+    longer than the rows of the training."""
+    if 0 < stack.window < config.size:
+        raise ValueError(
+            f"num_sinks + window = {config.size}: the model attends to window={stack.window} "
+            "tokens at most, the cache must not be larger"
+        )
+    if 0 < config.trained_length < config.size:
+        warnings.warn(
+            f"the cache has {config.size} positions, the model was trained on "
+            f"{config.trained_length}: it may fail beyond them",
+            stacklevel=3,
+        )
+
+
+def check_cache(config: StreamingConfig, stack: TransformerConfig, cache: SinkCache) -> None:
+    """Raises ValueError for a cache of another config or model."""
+    layer = cache.layers[0]
+    sizes = tuple(chunk.shape[2] for chunk in layer.key)
+    found = (len(cache.layers), sizes, layer.key[0].shape[1], layer.key[0].shape[3])
+    sizes = (*((config.num_sinks,) if config.num_sinks else ()), config.recent)
+    wanted = (stack.num_layers, sizes, stack.kv_heads, stack.head_width)
+    if found != wanted:
+        raise ValueError(
+            f"cache has (layers, slots, kv heads, head width) = {found}: must be {wanted}"
+        )
+
+
+# ------------------------------------------------------------------- perplexity of a stream (4.1)
+
+
+def _in_pieces(x, size: int):
+    """[B, T] as [pieces, B, size], padded with 0."""
+    B, T = x.shape
+    x = jnp.pad(x, [(0, 0), (0, -T % size)])
+    return jnp.swapaxes(x.reshape(B, -1, size), 0, 1)
+
+
+def streaming_nats(
+    model: Llama3,
+    params: dict[str, Any],
+    config: StreamingConfig,
+    tokens: Shaped[Array | np.ndarray, "B T"],
+) -> Float[Array, "B U"]:
+    """-log p in nats, float32 [B, T - 1], of every token after the first, given those before it.
+
+    The same function as the decoder of the policy reading one token at a time, in few large
+    products. With RECOMPUTE every window predicts its last `stride` tokens. Raises as
+    `streaming_decoder` does, and ValueError for streams of fewer than 2 tokens.
+    """
+    tokens = jnp.asarray(tokens)
+    step.check_token_ids("tokens", tokens)
+    if tokens.shape[1] < 2:
+        raise ValueError(f"tokens {tokens.shape}: a stream needs at least 2 tokens")
+    tokens = tokens.astype(jnp.int32)
+    whole = dataclasses.replace(config, stride=1)
+    capacity = tokens.shape[1] if config.policy is Policy.DENSE else 0
+    decoder = streaming_decoder(model, params, whole, capacity)
+    if config.policy is Policy.DENSE:
+        return _dense_nats(decoder, tokens)
+    if config.policy is Policy.RECOMPUTE:
+        return _recompute_nats(decoder, tokens, config.stride)
+    return _ring_nats(decoder, tokens)
+
+
+@jax.jit
+def _ring_nats(decoder: StreamingDecoder, tokens):
+    B, T = tokens.shape
+    size = piece_size(decoder.config, T - 1)
+    decoder = decoder.prepare()
+    counts = jnp.full((B,), size, jnp.int32)
+
+    def piece(cache, inputs):
+        x, cache = decoder.extend(inputs[0], cache, counts)
+        logits = decoder.model.token_logits(decoder.params, x)
+        return cache, target_nats(logits, inputs[1])[0]
+
+    inputs = tuple(_in_pieces(x, size) for x in (tokens[:, :-1], tokens[:, 1:]))
+    _, nats = jax.lax.scan(piece, decoder.new_cache(B), inputs)
+    return jnp.swapaxes(nats, 0, 1).reshape(B, -1)[:, : T - 1]
+
+
+@jax.jit
+def _dense_nats(decoder: TransformerDecoder, tokens):
+    B, T = tokens.shape
+    model, params = decoder.model, decoder.params
+    hidden = model.apply({"params": params}, tokens[:, :-1], compute_logits=False).hidden
+    hidden = jnp.pad(hidden, [(0, 0), (0, -(T - 1) % PIECE), (0, 0)])
+    hidden = jnp.swapaxes(hidden.reshape(B, -1, PIECE, hidden.shape[-1]), 0, 1)
+
+    def piece(inputs):
+        return target_nats(model.token_logits(params, inputs[0]), inputs[1])[0]
+
+    nats = jax.lax.map(piece, (hidden, _in_pieces(tokens[:, 1:], PIECE)))
+    return jnp.swapaxes(nats, 0, 1).reshape(B, -1)[:, : T - 1]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _recompute_nats(decoder: RecomputeDecoder, tokens, stride: int):
+    (B, T), C = tokens.shape, decoder.config.window
+    model, params = decoder.model, decoder.params
+    first = min(C, T - 1)
+    out = model.apply({"params": params}, tokens[:, :first]).logits
+    start = target_nats(out, tokens[:, 1 : first + 1])[0]
+    rest = T - 1 - first
+    if not rest:
+        return start
+    # Window n reads the C tokens up to first + (n + 1) stride and predicts after the last stride.
+    windows = -(-rest // stride)
+    padded = jnp.pad(tokens, [(0, 0), (0, windows * stride - rest)])
+
+    def one(number):
+        begin = first + (number + 1) * stride - C
+        text = jax.lax.dynamic_slice_in_dim(padded, begin, C + 1, axis=1)
+        hidden = model.apply({"params": params}, text[:, :-1], compute_logits=False).hidden
+        logits = model.token_logits(params, hidden[:, -stride:])
+        return target_nats(logits, text[:, -stride:])[0]
+
+    batch = max(1, PIECE // C)
+    nats = jax.lax.map(one, jnp.arange(windows, dtype=jnp.int32), batch_size=batch)
+    nats = jnp.swapaxes(nats, 0, 1).reshape(B, -1)[:, :rest]
+    return jnp.concatenate([start, nats], axis=1)

@@ -1,0 +1,78 @@
+"""Section 3.2 of arXiv 2309.17453 as a loop in float64: one token, one head, one key at a time."""
+
+import numpy as np
+
+from blt_jax.layers.rope import RopeLayout, rope_frequencies
+
+
+def rms(x, weight, eps):
+    return x / np.sqrt(np.mean(x * x) + eps) * np.asarray(weight, np.float64)
+
+
+def rotated(x, position, rope):
+    """x [K] rotated by the angles of a position."""
+    angle = position * rope_frequencies(rope, len(x)).astype(np.float64)
+    cos, sin = np.cos(angle), np.sin(angle)
+    if rope.layout is RopeLayout.HALF_SPLIT:
+        a, b = np.split(x, 2)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin])
+    out = np.empty_like(x)
+    out[0::2] = x[0::2] * cos - x[1::2] * sin
+    out[1::2] = x[1::2] * cos + x[0::2] * sin
+    return out
+
+
+def softmax(scores):
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def stream_logits(model, params, tokens, num_sinks, window, original=False, include_current=True):
+    """Logits [T, V] of one row: the cache is a list that tokens are appended to and taken from."""
+    stack = model.config.transformer
+    H, G, K = stack.num_heads, stack.kv_heads, stack.head_width
+    layers = params["transformer"]["layers"]
+    caches = [[] for _ in range(stack.num_layers)]  # (index, unrotated key [G, K], value [G, K])
+    result = []
+    for t, token in enumerate(tokens):
+        x = np.asarray(params["embed"]["table"][token], np.float64)
+        for number, cache in enumerate(caches):
+
+            def weight(*names, number=number):
+                found = layers
+                for name in names:
+                    found = found[name]
+                return np.asarray(found[number], np.float64)
+
+            h = rms(x, weight("attention_norm", "weight"), stack.norm_eps)
+            q, k, v = (
+                np.einsum("d,dhk->hk", h, weight("attention", name))
+                for name in ("query", "key", "value")
+            )
+            cache.append((t, k, v))
+            if include_current and len(cache) > num_sinks + window:
+                del cache[num_sinks]
+            ranks = [index if original else rank for rank, (index, _, _) in enumerate(cache)]
+            heads = []
+            for head in range(H):
+                group = head // (H // G)
+                query = rotated(q[head], ranks[-1], stack.rope)
+                keys = [rotated(k[group], r, stack.rope) for r, (_, k, _) in zip(ranks, cache)]
+                weights = softmax(np.asarray([query @ key / np.sqrt(K) for key in keys]))
+                heads.append(sum(w * v[group] for w, (_, _, v) in zip(weights, cache)))
+            if not include_current and len(cache) > num_sinks + window:
+                del cache[num_sinks]
+            x = x + np.einsum("hk,hkd->d", np.stack(heads), weight("attention", "out"))
+            h = rms(x, weight("mlp_norm", "weight"), stack.norm_eps)
+            gate = h @ weight("mlp", "gate")
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ weight("mlp", "up"))) @ weight("mlp", "down")
+        x = rms(x, params["norm"]["weight"], stack.norm_eps)
+        result.append(x @ np.asarray(model.output_kernel(params), np.float64))
+    return np.stack(result)
+
+
+def nats(logits, tokens):
+    """-log p [T - 1] of the tokens after the first."""
+    shifted = logits[:-1] - logits[:-1].max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return -log_p[np.arange(len(tokens) - 1), tokens[1:]]
