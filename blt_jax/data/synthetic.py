@@ -2,11 +2,46 @@
 
 import dataclasses
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
+from blt_jax.data.loader import DataConfig
+from blt_jax.data.sources import Split
+
 LETTERS = string.ascii_lowercase
+
+
+class GeneratedBatches:
+    """Batches without end of generated rows; row i depends on the seed, the split and i alone.
+
+    make(numbers, seed): batch of the rows with these numbers, from a seed of the config and split.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        make: Callable[[Sequence[int], tuple[int, ...]], dict[str, np.ndarray]],
+    ):
+        self._config, self._make, self._next = config, make, 0
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = self._config.batch_size // jax.process_count()
+        first = self._next * self._config.batch_size + jax.process_index() * rows
+        self._next += 1
+        seed = (self._config.seed, int(self._config.split is Split.TRAIN))
+        return self._make(range(first, first + rows), seed)
+
+    def get_state(self) -> Any:
+        return self._next
+
+    def set_state(self, state: Any) -> None:
+        self._next = state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +155,146 @@ def recall_rows(
         "target_mask": asked,
         "target_bytes": asked.astype(np.int32),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigrams:
+    """transitions [N, N]: probability of symbol j after symbol i; start [N]: of the first one."""
+
+    transitions: np.ndarray
+    start: np.ndarray
+
+
+def byte_bigrams(texts: Iterable[bytes], num_symbols: int) -> Bigrams:
+    """Bigrams of the most frequent bytes, most frequent first; other bytes are left out.
+
+    Raises ValueError for fewer different bytes than symbols.
+    """
+    counts = np.zeros((256, 256), np.int64)
+    for text in texts:
+        codes = np.frombuffer(text, np.uint8).astype(np.int64)
+        pairs = 256 * codes[:-1] + codes[1:]
+        counts += np.bincount(pairs, minlength=2**16).reshape(256, 256)
+    frequency = counts.sum(1)
+    if np.count_nonzero(frequency) < num_symbols:
+        raise ValueError(
+            f"num_symbols is {num_symbols}; the texts have {np.count_nonzero(frequency)} bytes"
+        )
+    chosen = np.argsort(-frequency, kind="stable")[:num_symbols]
+    kept = counts[np.ix_(chosen, chosen)] + 1e-3  # a symbol that nothing follows goes anywhere
+    return Bigrams(kept / kept.sum(1, keepdims=True), frequency[chosen] / frequency[chosen].sum())
+
+
+def backcopy_rows(
+    numbers: Sequence[int],
+    seed: tuple[int, ...],
+    *,
+    length: int,
+    bigrams: Bigrams,
+    triggers: tuple[int, ...],
+    bos: bool = True,
+) -> dict[str, np.ndarray]:
+    """The bigram-backcopy task (after arXiv 2410.13835): batch [rows, length] of rows `numbers`.
+
+    Symbols 1..N follow each other by their bigrams, but after a trigger comes the symbol that
+    stood before it. bos: rows begin with id 0. `follows_trigger` marks targets that are copies.
+    """
+    _check_at_least("length", length, 2)
+    if not triggers or min(triggers) < 1 or max(triggers) > len(bigrams.start):
+        raise ValueError(f"triggers are {triggers}; they must be 1..{len(bigrams.start)}")
+    is_trigger = np.isin(np.arange(len(bigrams.start)), np.asarray(triggers) - 1)
+    # A row that began with two triggers would repeat the second for ever.
+    start = np.where(is_trigger, 0, bigrams.start)
+    after = np.cumsum(bigrams.transitions, axis=1)
+    uniform = np.stack([np.random.default_rng((*seed, i)).random(length + 1) for i in numbers])
+    symbols = np.zeros(uniform.shape, np.int32)
+    symbols[:, 0] = _draw(np.cumsum(start / start.sum())[None, :], uniform[:, 0])
+    for t in range(1, length + 1):
+        last = symbols[:, t - 1]
+        drawn = _draw(after[last], uniform[:, t])
+        symbols[:, t] = drawn if t == 1 else np.where(is_trigger[last], symbols[:, t - 2], drawn)
+    copies = np.zeros(uniform.shape, bool)
+    copies[:, 2:] = is_trigger[symbols[:, 1:-1]]
+    ids = symbols + 1
+    if bos:
+        ids = np.concatenate([np.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1)
+        copies = np.concatenate([np.zeros_like(copies[:, :1]), copies[:, :-1]], axis=1)
+    return {**_row(ids), "follows_trigger": copies[:, 1:]}
+
+
+def _draw(cumulative: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Index drawn per row from cumulative probabilities [rows or 1, N] and uniform numbers."""
+    below = cumulative < uniform[:, None]
+    return np.minimum(below.sum(1), cumulative.shape[1] - 1).astype(np.int32)
+
+
+def _row(ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Batch of one document per row in which every target counts, from ids [rows, length + 1]."""
+    tokens = ids[:, :-1]
+    return {
+        "tokens": tokens,
+        "targets": ids[:, 1:],
+        "segment_ids": np.ones_like(tokens),
+        "positions": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
+        "target_mask": np.ones(tokens.shape, bool),
+        "target_bytes": np.ones_like(tokens),
+    }
+
+
+EVENT = 4
+"""Ids of a line or a question of `key_value_rows`."""
+
+
+def key_value_rows(
+    numbers: Sequence[int],
+    seed: tuple[int, ...],
+    *,
+    lines: int,
+    num_keys: int,
+    num_values: int,
+    distance: int = 0,
+) -> dict[str, np.ndarray]:
+    """Lines "key = value" in turn with questions "? key value": batch [rows, 2 EVENT lines].
+
+    Each line is followed by a question about the line `distance` lines back (0: the last one), or
+    with distance < 0 about any line before it whose key did not come again. Keys are drawn so that
+    none of the last num_keys / 2 repeats. Only answers count. Ids: 0 end of line, 1 "=", 2 "?",
+    then the keys, then the values.
+    """
+    for name, value in (("lines", lines), ("num_values", num_values)):
+        _check_at_least(name, value, 1)
+    _check_at_least("num_keys", num_keys, max(4, 2 * (distance + 1)))
+    rows = [
+        _key_value_ids(np.random.default_rng((*seed, i)), lines, num_keys, num_values, distance)
+        for i in numbers
+    ]
+    batch = _row(np.stack([np.append(row, 0) for row in rows]).astype(np.int32))
+    # The answer is the third id of every second event; the target stands one place earlier.
+    asked = np.arange(2 * EVENT * lines) % (2 * EVENT) == EVENT + 1
+    asked = np.broadcast_to(asked, batch["tokens"].shape)
+    line = np.arange(2 * EVENT * lines)[None, :] // (2 * EVENT)
+    return {
+        **batch,
+        "target_mask": asked & (line >= distance),
+        "target_bytes": asked.astype(np.int32),
+    }
+
+
+def _key_value_ids(generator, lines, num_keys, num_values, distance) -> np.ndarray:
+    recent: list[int] = []
+    pairs, ids = [], []
+    for number in range(lines):
+        free = np.setdiff1d(np.arange(num_keys), recent[-(num_keys // 2) :])
+        key, value = int(generator.choice(free)), int(generator.integers(num_values))
+        recent.append(key)
+        pairs.append((key, value))
+        back = distance
+        if distance < 0:
+            back = int(generator.integers(min(number + 1, num_keys // 2)))
+        asked, answer = pairs[max(number - back, 0)]
+        ids += [3 + key, 1, 3 + num_keys + value, 0]
+        ids += [2, 3 + asked, 3 + num_keys + answer, 0]
+    return np.asarray(ids)
 
 
 def _word(generator: np.random.Generator, length: int) -> str:

@@ -5,7 +5,7 @@ a few letters at the start of a row has to be named again after noise.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from blt_jax.data.loader import DataConfig, evaluation_config, loader
 from blt_jax.data.packing import Packing
-from blt_jax.data.synthetic import RECALL_VOCABULARY, recall_rows
+from blt_jax.data.synthetic import RECALL_VOCABULARY, GeneratedBatches, recall_rows
 from blt_jax.layers.losses import target_nats
 from blt_jax.layers.model import Model
 from blt_jax.recipes.language_model import LanguageModel
@@ -128,35 +128,17 @@ def _figure(config: LongContext, totals: np.ndarray) -> Any:
 # ------------------------------------------------------------------------------------ recall
 
 
-class RecallBatches:
-    """Batches of the recall task without end; batch i depends on the seed and i alone."""
+def recall_batches(config: DataConfig, gaps: tuple[int, ...]) -> GeneratedBatches:
+    """Batches of the recall task without end, with the gaps in turn."""
 
-    def __init__(self, config: DataConfig, gaps: tuple[int, ...]):
-        self._config, self._gaps, self._next = config, gaps, 0
-
-    def __iter__(self) -> Iterator:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        rows = self._config.batch_size // jax.process_count()
-        first = self._next * self._config.batch_size + jax.process_index() * rows
-        self._next += 1
+    def make(numbers: Sequence[int], seed: tuple[int, ...]) -> dict[str, np.ndarray]:
+        length = config.sequence_length
         parts = [
-            recall_rows(
-                1,
-                self._gaps[i % len(self._gaps)],
-                length=self._config.sequence_length,
-                seed=(self._config.seed, int(self._config.split.value == "train"), i),
-            )
-            for i in range(first, first + rows)
+            recall_rows(1, gaps[i % len(gaps)], length=length, seed=(*seed, i)) for i in numbers
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def get_state(self) -> int:
-        return self._next
-
-    def set_state(self, state: int) -> None:
-        self._next = state
+    return GeneratedBatches(config, make)
 
 
 def run_recall(
@@ -170,7 +152,7 @@ def run_recall(
             f"not {config.data.sequence_length} and {config.model.vocab_size}"
         )
     config = dataclasses.replace(config, evaluation=EvaluationConfig(batches=batches))
-    fit = config.fit(context, batches=lambda data: RecallBatches(data, gaps))
+    fit = config.fit(context, batches=lambda data: recall_batches(data, gaps))
     numbers = {"recall_accuracy": fit.metrics["accuracy"]}
     held_out = evaluation_config(config.data)
 
@@ -181,6 +163,6 @@ def run_recall(
         return right.sum() / batch["target_mask"].sum()
 
     for gap in gaps:
-        batch = next(RecallBatches(held_out, (gap,)))
+        batch = next(recall_batches(held_out, (gap,)))
         numbers[f"recall_accuracy_{gap}"] = float(accuracy(fit.params, batch))
     return numbers

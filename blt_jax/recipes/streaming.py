@@ -1,0 +1,287 @@
+"""Streams far longer than the rows of the training, read with each cache policy.
+
+`StreamingPerplexity` trains on text; `Backcopy` on a task in which attention sinks form within
+minutes; `StreamEval` asks for values named some lines before (arXiv 2309.17453, section 4).
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from blt_jax.data.loader import DataConfig, evaluation_config, open_documents
+from blt_jax.data.synthetic import (
+    EVENT,
+    Bigrams,
+    GeneratedBatches,
+    backcopy_rows,
+    byte_bigrams,
+    key_value_rows,
+)
+from blt_jax.data.tokenizers import encode_document
+from blt_jax.decoding.streaming_llm import Policy, StreamingConfig, StreamScores, streaming_scores
+from blt_jax.layers.model import Model
+from blt_jax.models.llama3 import Llama3Config
+from blt_jax.recipes.language_model import LanguageModel
+from blt_jax.train.pretraining import Context, Fit, Pretraining
+
+Modes = tuple[tuple[str, StreamingConfig], ...]
+
+
+def check_modes(owner: str, modes: Modes, model: Any) -> None:
+    """Raises ValueError unless there are modes with different names and the model is a Llama."""
+    names = [name for name, _ in modes]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{owner}.modes={names}: give (name, StreamingConfig) pairs, names differ")
+    if not isinstance(model, Llama3Config):
+        raise ValueError(f"{owner}.model={model}: must be a Llama3Config")
+
+
+def scores_by_mode(
+    model: Model, params: Any, modes: Modes, tokens: np.ndarray
+) -> tuple[dict[str, StreamScores], dict[str, float]]:
+    """Scores [B, T - 1] of the streams `tokens` [B, T], and the seconds, for each mode."""
+    scores, seconds = {}, {}
+    for name, config in modes:
+        started = time.perf_counter()
+        found = jax.device_get(streaming_scores(model, params, config, tokens))
+        scores[name], seconds[name] = found, time.perf_counter() - started
+    return scores, seconds
+
+
+def position_figure(lines: dict[str, np.ndarray], bucket: int, trained_length: int) -> Any:
+    """The paper's Fig. 3: log-perplexity over the position in the stream, one line per mode.
+
+    lines: nats [B, T] of each; the last positions that fill no bucket are left out.
+    """
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, nats in lines.items():
+        buckets = nats.shape[1] // bucket
+        means = nats[:, : buckets * bucket].reshape(-1, buckets, bucket).mean((0, 2))
+        axes.plot((np.arange(buckets) + 0.5) * bucket, means, linewidth=1.3, label=name)
+    axes.axvline(trained_length, color="grey", linestyle="--", label="trained length")
+    axes.set_xlabel("position in the stream (tokens)")
+    axes.set_ylabel("log-perplexity (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+# -------------------------------------------------------------------------------------- text
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class StreamingPerplexity(LanguageModel):
+    """`LanguageModel`, then one stream of validation documents read with every mode.
+
+    stream_tokens: length of the stream. bucket: positions per point of the figure.
+    """
+
+    modes: Modes = ()
+    stream_tokens: int = 100_001
+    bucket: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_modes("StreamingPerplexity", self.modes, self.model)
+        if self.bucket < 1:
+            raise ValueError(f"StreamingPerplexity.bucket={self.bucket}: must be >= 1")
+        if self.stream_tokens <= self.data.sequence_length + self.bucket:
+            raise ValueError(
+                f"StreamingPerplexity.stream_tokens={self.stream_tokens}: must be above the "
+                f"training length {self.data.sequence_length} and a bucket of {self.bucket}"
+            )
+
+    def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
+        """`nats_<mode>`: log-perplexity beyond the training length; `seconds_<mode>`."""
+        tokens = self._stream()
+        scores, seconds = scores_by_mode(fit.model, fit.params, self.modes, tokens)
+        trained = self.data.sequence_length
+        nats = {name: found.nats for name, found in scores.items()}
+        context.writer.figure("log_perplexity", position_figure(nats, self.bucket, trained))
+        numbers = {f"nats_{name}": float(x[:, trained:].mean()) for name, x in nats.items()}
+        return numbers | {f"seconds_{name}": value for name, value in seconds.items()}
+
+    def _stream(self) -> np.ndarray:
+        """Tokens [1, stream_tokens] of the validation documents one after the other."""
+        tokenizer = self.data.tokenizer.build()
+        documents, parts, total = open_documents(evaluation_config(self.data)), [], 0
+        for index in range(len(documents)):
+            parts.append(encode_document(tokenizer, documents[index].text))
+            total += len(parts[-1])
+            if total >= self.stream_tokens:
+                return np.concatenate(parts)[None, : self.stream_tokens].astype(np.int32)
+        raise ValueError(
+            f"StreamingPerplexity.stream_tokens={self.stream_tokens}: the validation split has "
+            f"only {total} tokens"
+        )
+
+
+# ----------------------------------------------------------------------------------- backcopy
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Backcopy(Pretraining):
+    """Trains on `data.synthetic.backcopy_rows`, then reads streams of the task with every mode.
+
+    num_symbols, triggers: of the task, whose bigrams are those of the training text of the data
+    config. bos: rows begin with an id of their own. num_streams, stream_length: what is read.
+    """
+
+    num_symbols: int = 64
+    triggers: tuple[int, ...] = (2, 3, 4)
+    bos: bool = True
+    modes: Modes = ()
+    num_streams: int = 64
+    stream_length: int = 512
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_modes("Backcopy", self.modes, self.model)
+        if self.model.vocab_size <= self.num_symbols:
+            raise ValueError(
+                f"Backcopy.model.vocab_size={self.model.vocab_size}: must be above "
+                f"num_symbols={self.num_symbols}"
+            )
+        if self.stream_length <= self.data.sequence_length or self.num_streams < 1:
+            raise ValueError(
+                f"Backcopy.stream_length={self.stream_length}: must be above the training length "
+                f"{self.data.sequence_length}, with num_streams={self.num_streams} >= 1"
+            )
+
+    def run(self, context: Context) -> dict[str, float]:
+        """`nats_<mode>` beyond the training length, of targets after a trigger and of others too;
+        `<mode>_increase` over the same model within its training length."""
+        documents = open_documents(self.data)
+        texts = (documents[index].text for index in range(len(documents)))
+        bigrams = byte_bigrams(texts, self.num_symbols)
+        fit = self.fit(context, batches=lambda data: self._batches(data, bigrams))
+        streams = evaluation_config(
+            self.data, sequence_length=self.stream_length, batch_size=self.num_streams
+        )
+        batch = next(self._batches(streams, bigrams))
+        tokens = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+        scores, _ = scores_by_mode(fit.model, fit.params, self.modes, tokens)
+        nats = {name: found.nats for name, found in scores.items()}
+        trained = self.data.sequence_length
+        context.writer.figure("log_perplexity", position_figure(nats, 16, trained))
+        return dict(fit.metrics) | self._numbers(nats, batch["follows_trigger"])
+
+    def _batches(self, data: DataConfig, bigrams: Bigrams) -> GeneratedBatches:
+        def make(numbers: Sequence[int], seed: tuple[int, ...]) -> dict[str, np.ndarray]:
+            task = dict(length=data.sequence_length, bigrams=bigrams, triggers=self.triggers)
+            return backcopy_rows(numbers, seed, **task, bos=self.bos)
+
+        return GeneratedBatches(data, make)
+
+    def _numbers(self, nats: dict[str, np.ndarray], copies: np.ndarray) -> dict[str, float]:
+        trained = self.data.sequence_length
+        full = max(config.size for _, config in self.modes if config.policy is not Policy.DENSE)
+        start = min(full, trained)
+        # Before anything is evicted all modes are the same function.
+        first = next(iter(nats.values()))[:, :start]
+        numbers = {"nats_before_eviction": float(first.mean())}
+        for kind, chosen in (("copies", copies), ("others", ~copies)):
+            numbers[f"nats_before_eviction_{kind}"] = float(first[chosen[:, :start]].mean())
+        for name, values in nats.items():
+            late, late_copies = values[:, trained:], copies[:, trained:]
+            numbers[f"nats_{name}"] = float(late.mean())
+            numbers[f"nats_{name}_copies"] = float(late[late_copies].mean())
+            numbers[f"nats_{name}_others"] = float(late[~late_copies].mean())
+            # Row starts are harder: the increase is over positions with a full context.
+            settled = next(iter(nats.values()))[:, start // 2 : start].mean()
+            numbers[f"{name}_increase"] = float(late.mean() - settled)
+        return numbers
+
+
+# --------------------------------------------------------------------------------- StreamEval
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class StreamEval(Pretraining):
+    """Trains on `data.synthetic.key_value_rows`, then asks for values some lines back in streams.
+
+    distances: lines between a question and the line that it asks about. stream_lines: per stream;
+    questions in the first half, when caches are filling, do not count.
+    """
+
+    num_keys: int = 64
+    num_values: int = 16
+    modes: Modes = ()
+    distances: tuple[int, ...] = (0, 1, 2, 4, 6, 8, 12, 16)
+    num_streams: int = 16
+    stream_lines: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_modes("StreamEval", self.modes, self.model)
+        if self.data.sequence_length % (2 * EVENT):
+            raise ValueError(
+                f"StreamEval.data.sequence_length={self.data.sequence_length}: must be a multiple "
+                f"of {2 * EVENT}"
+            )
+        if self.model.vocab_size < 3 + self.num_keys + self.num_values:
+            raise ValueError(
+                f"StreamEval.model.vocab_size={self.model.vocab_size}: must be >= "
+                f"{3 + self.num_keys + self.num_values}"
+            )
+        if not self.distances or not 0 <= min(self.distances) <= max(self.distances):
+            raise ValueError(f"StreamEval.distances={self.distances}: must be >= 0, not empty")
+        if max(self.distances) >= min(self.stream_lines, self.num_keys // 2):
+            raise ValueError(
+                f"StreamEval.distances={self.distances}: must be below "
+                f"stream_lines={self.stream_lines} and half of num_keys={self.num_keys}"
+            )
+
+    def run(self, context: Context) -> dict[str, float]:
+        """`accuracy_<mode>_<distance in tokens>`: exact matches of the answers."""
+        fit = self.fit(context, batches=lambda data: self._batches(data, -1))
+        numbers, lines = dict(fit.metrics), {name: [] for name, _ in self.modes}
+        streams = evaluation_config(
+            self.data, sequence_length=2 * EVENT * self.stream_lines, batch_size=self.num_streams
+        )
+        for distance in self.distances:
+            batch = next(self._batches(streams, distance))
+            tokens = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+            scores, _ = scores_by_mode(fit.model, fit.params, self.modes, tokens)
+            late = batch["target_mask"][:, tokens.shape[1] // 2 :]
+            for name, found in scores.items():
+                accuracy = float(found.correct[:, tokens.shape[1] // 2 :][late].mean())
+                numbers[f"accuracy_{name}_{self.tokens_back(distance)}"] = accuracy
+                lines[name].append(accuracy)
+        context.writer.figure("accuracy_by_distance", self._figure(lines))
+        return numbers
+
+    def tokens_back(self, distance: int) -> int:
+        """Tokens from a line's value to the token that predicts the answer."""
+        return 2 * EVENT * distance + EVENT - 1
+
+    def _batches(self, data: DataConfig, distance: int) -> GeneratedBatches:
+        sizes = dict(num_keys=self.num_keys, num_values=self.num_values, distance=distance)
+
+        def make(numbers: Sequence[int], seed: tuple[int, ...]) -> dict[str, np.ndarray]:
+            lines = data.sequence_length // (2 * EVENT)
+            return key_value_rows(numbers, seed, lines=lines, **sizes)
+
+        return GeneratedBatches(data, make)
+
+    def _figure(self, lines: dict[str, list[float]]) -> Any:
+        import matplotlib.figure
+
+        figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        back = [self.tokens_back(distance) for distance in self.distances]
+        for name, values in lines.items():
+            axes.plot(back, values, marker=".", label=name)
+        axes.axhline(1 / self.num_values, color="grey", linestyle=":", label="chance")
+        axes.set_xlabel("tokens between the line and the answer")
+        axes.set_ylabel("exact matches")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        return figure

@@ -1,0 +1,125 @@
+"""StreamingLLM (arXiv 2309.17453): a few first tokens keep a sliding window alive.
+
+The paper claims that a model trained on short rows reads streams without end at the quality of
+re-computation when the keys and values of four first tokens stay in its cache beside a window of
+recent ones, with positions counted inside the cache: a window alone and dense attention break
+down. Sinks form in large models; at small scale they form in the bigram-backcopy task, whose head
+has nothing to look for at most tokens:
+
+    python -m blt_jax.run --config=experiments/streaming_llm.py:proof --workdir=runs/streaming
+
+trains a model of one layer on it and reads streams eight times as long with every policy. `tiny`
+draws the paper's figure for a model of text, over 100,000 bytes.
+"""
+
+import dataclasses
+
+from blt_jax.data.loader import DataConfig
+from blt_jax.data.sources import SourceConfig
+from blt_jax.decoding.streaming_llm import Positions, dense, recompute, sinks, window
+from blt_jax.models import llama3
+from blt_jax.recipes.streaming import Backcopy, Modes, StreamEval, StreamingPerplexity
+from blt_jax.train.comparison import Comparison
+from blt_jax.train.configs import select_run
+from blt_jax.train.optimizer import Schedule
+from blt_jax.train.pretraining import EvaluationConfig, Experiment
+
+
+def unrolled(config: llama3.Llama3Config) -> llama3.Llama3Config:
+    """Layers written out: faster on CPU than a scan over them."""
+    stack = dataclasses.replace(config.transformer, scan_layers=False)
+    return dataclasses.replace(config, transformer=stack)
+
+
+def modes(cache: int, stride: int) -> Modes:
+    """The policies of the paper's Fig. 3 with the same number of keys, and the sinks without
+    positions inside the cache."""
+    return (
+        ("dense", dense()),
+        ("window", window(cache)),
+        ("recompute", recompute(cache, stride)),
+        ("sinks", sinks(4, cache - 4)),
+        ("sinks_original", sinks(4, cache - 4, positions=Positions.ORIGINAL)),
+    )
+
+
+def backcopy(bos: bool = True) -> Backcopy:
+    """The task of the proof: rows of 64, a cache of 48."""
+    fewer = tuple((f"sinks_{n}", sinks(n, 48 - n)) for n in (1, 2))
+    return Backcopy(
+        model=unrolled(llama3.small(vocab_size=65, num_layers=1, d_model=64, num_heads=1)),
+        data=DataConfig(sequence_length=64, batch_size=64),
+        evaluation=EvaluationConfig(batches=8),
+        schedule=Schedule(learning_rate=3e-3, warmup_steps=100),
+        steps=3000,
+        bos=bos,
+        modes=modes(48, 1) + fewer,
+    )
+
+
+def smoke() -> Backcopy:
+    """Trains on the task, and reads streams with four policies (20 s)."""
+    data = DataConfig(sources=(SourceConfig(max_bytes=200_000),), sequence_length=16, batch_size=8)
+    return dataclasses.replace(
+        backcopy(),
+        model=unrolled(llama3.small(vocab_size=33, num_layers=1, d_model=16, num_heads=1)),
+        data=data,
+        evaluation=EvaluationConfig(batches=1),
+        schedule=Schedule(learning_rate=3e-3),
+        steps=8,
+        num_symbols=32,
+        modes=modes(8, 4)[:4],
+        num_streams=2,
+        stream_length=48,
+    )
+
+
+def tiny() -> StreamingPerplexity:
+    """A byte-level model of Python source reads 100,000 bytes with every policy (10 min)."""
+    num_bytes, length = 4_000_000, 128
+    return StreamingPerplexity(
+        model=unrolled(llama3.byte_level(num_layers=3, d_model=96, num_heads=4)),
+        data=DataConfig(
+            sources=(SourceConfig(max_bytes=num_bytes),),
+            shuffle_rows=num_bytes // length,  # files are long: mix all of them
+            sequence_length=length,
+            batch_size=16,
+        ),
+        evaluation=EvaluationConfig(batches=50),
+        schedule=Schedule(learning_rate=3e-3, warmup_steps=50),
+        steps=1200,
+        sample_tokens=0,
+        modes=modes(64, 16),
+    )
+
+
+def stream_eval() -> StreamEval:
+    """Exact matches of values asked for some lines later, by distance (8 min)."""
+    return StreamEval(
+        model=unrolled(llama3.small(vocab_size=83, num_layers=2, d_model=64, num_heads=2)),
+        data=DataConfig(sequence_length=128, batch_size=32),
+        evaluation=EvaluationConfig(batches=8),
+        schedule=Schedule(learning_rate=2e-3, warmup_steps=100),
+        steps=3000,
+        modes=modes(64, 1)[:4],
+    )
+
+
+def proof() -> Comparison:
+    """Sinks, window, re-computation and dense on bigram-backcopy, with and without BOS (8 min)."""
+    return Comparison(
+        runs=(("bos", backcopy()), ("no_bos", backcopy(bos=False))), metric="window_increase"
+    )
+
+
+def proof_seeds() -> Comparison:
+    """`proof` over three seeds (24 min)."""
+    return dataclasses.replace(proof(), seeds=(0, 1, 2))
+
+
+RUNS = (smoke, tiny, stream_eval, proof, proof_seeds)
+
+
+def get_config(run: str = "tiny") -> Experiment:
+    """The config of a run, by its name."""
+    return select_run(RUNS, run)
