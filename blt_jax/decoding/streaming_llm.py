@@ -45,6 +45,7 @@ from blt_jax.layers import step
 from blt_jax.layers.cache import LayerCache, ring_index
 from blt_jax.layers.losses import target_nats
 from blt_jax.layers.masks import NEGATIVE
+from blt_jax.layers.model import Model
 from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.rope import RopeConfig, rope_frequencies, rotate
 from blt_jax.layers.transformer import TransformerConfig
@@ -338,9 +339,14 @@ def stream_step(
     return x[:, 0], SinkCache(layers=tuple(caches), lengths=lengths)
 
 
+def _rotate(x, table, rope: RopeConfig):
+    """x [B, T, H, K] rotated by a table [B, T, K], or [1, T, K] for all rows."""
+    return rotate(x, jnp.broadcast_to(table, (x.shape[0], *table.shape[1:])), rope.layout)
+
+
 def _rotate_keys(key, table, rope: RopeConfig):
-    """Keys [B, G, S, K] rotated by a table [B, S, K] or [1, S, K]."""
-    return jnp.swapaxes(rotate(jnp.swapaxes(key, 1, 2), table, rope.layout), 1, 2)
+    """Keys [B, G, S, K] rotated as by `_rotate`."""
+    return jnp.swapaxes(_rotate(jnp.swapaxes(key, 1, 2), table, rope), 1, 2)
 
 
 # -------------------------------------------------------------------- many tokens at once
@@ -403,7 +409,7 @@ def extend(
         return jnp.take_along_axis(x_BGSK, index_BS[:, None, :, None], axis=2)
 
     def attend(layer, q, k, v):
-        rotated = rotate(k, rope_BT, stack.rope.layout)
+        rotated = _rotate(k, rope_BT, stack.rope)
         # What is cached, and what is attended to.
         new_k, new_v = (jnp.swapaxes(x, 1, 2) for x in (k if raw else rotated, v))
         key, value = (
@@ -412,7 +418,7 @@ def extend(
         )
         kept = [[gather(x, after_BW)] for x in (key, value)]
         seen = _rotate_keys(key, rope_E, stack.rope) if raw else key
-        q_recent = rotate(q, rope_BT, stack.rope.layout)
+        q_recent = _rotate(q, rope_BT, stack.rope)
         parts = [_Keys(blocks(q_recent), key_blocks(seen), key_blocks(value), recent_mask)]
         if S:
             mask = is_new[:, None, :, None]
@@ -615,7 +621,7 @@ class RecomputeDecoder:
 
 
 def streaming_decoder(
-    model: Llama3, params: dict[str, Any], config: StreamingConfig, capacity: int = 0
+    model: Model, params: dict[str, Any], config: StreamingConfig, capacity: int = 0
 ) -> Decoder:
     """The Decoder of a policy. capacity: of DENSE alone, tokens that a row may reach.
 
@@ -695,7 +701,7 @@ class StreamScores:
 
 
 def streaming_nats(
-    model: Llama3,
+    model: Model,
     params: dict[str, Any],
     config: StreamingConfig,
     tokens: Shaped[Array | np.ndarray, "B T"],
@@ -705,7 +711,7 @@ def streaming_nats(
 
 
 def streaming_scores(
-    model: Llama3,
+    model: Model,
     params: dict[str, Any],
     config: StreamingConfig,
     tokens: Shaped[Array | np.ndarray, "B T"],

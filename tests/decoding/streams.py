@@ -52,14 +52,17 @@ def stream_logits(model, params, tokens, num_sinks, window, original=False, incl
             cache.append((t, k, v))
             if include_current and len(cache) > num_sinks + window:
                 del cache[num_sinks]
+            _, ks, vs = zip(*cache, strict=True)
             ranks = [index if original else rank for rank, (index, _, _) in enumerate(cache)]
             heads = []
             for head in range(H):
                 group = head // (H // G)
                 query = rotated(q[head], ranks[-1], stack.rope)
-                keys = [rotated(k[group], r, stack.rope) for r, (_, k, _) in zip(ranks, cache)]
+                keys = [
+                    rotated(k[group], rank, stack.rope) for rank, k in zip(ranks, ks, strict=True)
+                ]
                 weights = softmax(np.asarray([query @ key / np.sqrt(K) for key in keys]))
-                heads.append(sum(w * v[group] for w, (_, _, v) in zip(weights, cache)))
+                heads.append(weights @ np.stack([v[group] for v in vs]))
             if not include_current and len(cache) > num_sinks + window:
                 del cache[num_sinks]
             x = x + np.einsum("hk,hkd->d", np.stack(heads), weight("attention", "out"))
