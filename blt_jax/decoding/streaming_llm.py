@@ -16,6 +16,7 @@ heads, K head width, J width of the values, N blocks of queries, V vocabulary, L
 | section 3.2: positions inside the cache | `Positions`, `query_positions` |
 | keys cached before rotation, rotated in every step | `Rotation.IN_CACHE` |
 | section 3.1, Fig. 3, Table 1: dense, window, re-computation | `Policy`, `streaming_decoder` |
+| section 3.3: zero sink, sink token | `TransformerConfig.softmax`, `Llama3Config.sink_tokens` |
 | section 4.1: perplexity of a long stream | `streaming_nats`, `streaming_scores` |
 
 Departures. The published code shifts its arrays and keeps S + W tokens beside the current one:
@@ -24,7 +25,10 @@ is False. `Rotation.TWO_PHASE` caches rotated keys instead: relative to a recent
 in the cache and in the stream agree, and only the sinks need a query of their own. A prompt or a
 whole stream is read in blocks with the same cache (`extend`), the same function as one token at
 a time; the published code evaluates token by token, and frees room for a chat prompt beforehand.
-Learned absolute positions are not supported; no model here has them. Megalodon needs none of this:
+With a linear position bias (ALiBi) the distance to a sink is the
+one inside the cache. Sink tokens of a model (section 3.3) are the first tokens of every row; they
+count as sinks here, and are in front of what RECOMPUTE and DENSE read. Learned absolute positions
+are not supported; no model here has them. Megalodon needs none of this:
 its state has a constant size by construction.
 """
 
@@ -215,11 +219,12 @@ class SinkCache:
 
     layers: tuple of LayerCache with the chunks [B, G, S, K] (none without sinks) and [B, G, W, K];
     token p < S lies in slot p, a later one in slot S + (p - S) % W. Keys are unrotated with
-    Rotation.IN_CACHE. lengths: int32 [B], tokens read.
+    Rotation.IN_CACHE. read: int32 [B], tokens read, with the `sink_tokens` of the model in front.
     """
 
     layers: Any
-    lengths: Any
+    read: Any
+    sink_tokens: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
     def create(
@@ -230,7 +235,12 @@ class SinkCache:
         shapes = [(rows, stack.kv_heads, size, stack.head_width) for size in sizes]
         zeros = tuple(jnp.zeros(shape, dtype) for shape in shapes)
         layer = LayerCache(key=zeros, value=zeros)
-        return cls(layers=(layer,) * stack.num_layers, lengths=jnp.zeros((rows,), jnp.int32))
+        return cls(layers=(layer,) * stack.num_layers, read=jnp.zeros((rows,), jnp.int32))
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [B]: tokens of the text read."""
+        return self.read - self.sink_tokens
 
     def take_rows(self, indices) -> "SinkCache":
         """The cache of rows `indices` [B']."""
@@ -242,16 +252,18 @@ class SinkCache:
 
 class _Keys(NamedTuple):
     """Queries [B, T, H, K] with the keys [B, G, S, K] that they are rotated for, the values
-    [B, G, S, J], and which query sees which [B, T, S]."""
+    [B, G, S, J], which query sees which, and how far it is from it [B, T, S]."""
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     mask: jax.Array
+    distance: jax.Array
 
 
-def _attend(parts: list[_Keys]) -> jax.Array:
-    """One softmax in float32 over the keys of all parts: [B, T, H, J]."""
+def _attend(parts: list[_Keys], slopes, sink) -> jax.Array:
+    """One softmax in float32 over the keys of all parts: [B, T, H, J]; slopes [H] of a linear bias
+    and the logit [H] of a sink without a value, each or None."""
     (B, T, H, K), G = parts[0].query.shape, parts[0].key.shape[1]
     scores = []
     for part in parts:
@@ -259,7 +271,13 @@ def _attend(parts: list[_Keys]) -> jax.Array:
         score = jnp.einsum(
             "btgrk,bgsk->bgrts", q_BTGRK, part.key, preferred_element_type=jnp.float32
         )
+        if slopes is not None:
+            distance = part.distance.astype(jnp.float32)[:, None, None]
+            score -= slopes.reshape(1, G, H // G, 1, 1) * distance
         scores.append(jnp.where(part.mask[:, None, None], score, NEGATIVE))
+    if sink is not None:
+        sink_GR = sink.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
+        scores.append(jnp.broadcast_to(sink_GR, (B, G, H // G, T, 1)))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     out, start = jnp.zeros((), jnp.float32), 0
     for part in parts:
@@ -272,12 +290,15 @@ def _attend(parts: list[_Keys]) -> jax.Array:
 
 
 def _block(stack: TransformerConfig, weights: step.BlockWeights, x, attend):
-    """One transformer block over x [B, T, D]; attend(q, k, v) gives the values and the cache."""
+    """One transformer block over x [B, T, D]; attend(sink, q, k, v) gives the values and the
+    cache."""
     H, G, K = stack.num_heads, stack.kv_heads, stack.head_width
     with jax.named_scope("attention"):
         h = rms_norm(x, weights.attention_norm, stack.norm_eps)
         qkv_BTHK = (h @ weights.qkv).reshape(*x.shape[:2], H + 2 * G, K)
-        out, cache = attend(*jnp.split(qkv_BTHK, (H, H + G), axis=2))
+        out, cache = attend(
+            stack.sink_logits(weights.sink), *jnp.split(qkv_BTHK, (H, H + G), axis=2)
+        )
         x = x + out.reshape(*x.shape[:2], H * K) @ weights.out
     with jax.named_scope("mlp"):
         h = rms_norm(x, weights.mlp_norm, stack.norm_eps)
@@ -298,49 +319,84 @@ def stream_step(
     active = jnp.ones(x.shape[:1], bool) if active is None else active
     every = jnp.arange(x.shape[0], dtype=jnp.int32) if rows is None else rows
     S, W = config.num_sinks, config.recent
-    position = jnp.take(cache.lengths, every, mode="clip")
+    position = jnp.take(cache.read, every, mode="clip")
     slot = jnp.where(position < S, position, S + (position - S) % W)
     slot = jnp.where(active, slot, S + W)
     token_BW, filled_BW = ring_index(jnp.full_like(position, S), position + 1, W)
-    seen = [(jnp.arange(S, dtype=jnp.int32)[None, :] <= position[:, None]), filled_BW]
-    seen = [mask[:, None] for mask in seen]
+    sink_1S = jnp.arange(S, dtype=jnp.int32)[None, :]
 
-    raw = config.rotation is Rotation.IN_CACHE
+    raw = stack.rotates and config.rotation is Rotation.IN_CACHE
     limit = config.size if raw and config.positions is Positions.IN_CACHE else MAX_TOKENS
-    table = functools.partial(stream_rope, rope=stack.rope, head_dim=stack.head_width)
+    table = _rotations(stack)
     to_recent, to_sinks = query_positions(config, position)
-    rope_recent = table(to_recent[:, None], limit=limit)
-    rope_sinks = table(to_sinks[:, None], limit=limit) if S else None
+    shift_B1 = (to_recent - position)[:, None]
     rope_new = None if raw else table(position[:, None])
-    rank_BW = jnp.maximum(token_BW + (to_recent - position)[:, None], 0)
-    rope_keys = [table(rank_BW, limit=limit)] if raw else []
-    if raw and S:
-        rope_keys.insert(0, table(jnp.arange(S, dtype=jnp.int32)[None, :], limit=S))
+    recent = _Part(
+        rope_query=table(to_recent[:, None], limit),
+        rope_keys=table(jnp.maximum(token_BW + shift_B1, 0), limit) if raw else None,
+        mask=filled_BW[:, None],
+        distance=(position[:, None] - token_BW)[:, None],
+    )
+    parts = [recent]
+    if S:
+        sinks = _Part(
+            rope_query=table(to_sinks[:, None], limit),
+            rope_keys=table(sink_1S, S) if raw else None,
+            mask=(sink_1S <= position[:, None])[:, None],
+            distance=(to_sinks[:, None] - sink_1S)[:, None],
+        )
+        parts = [sinks, recent]
 
-    def attend(layer, q, k, v):
-        if not raw:
-            k = rotate(k, rope_new, stack.rope.layout)
+    def attend(layer, sink, q, k, v):
+        k = _rotate(k, rope_new, stack.rope)
         layer = layer.write(k[:, 0], v[:, 0], slot, rows)
         keys, values = layer.key, layer.value
         if rows is not None:
             take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
             keys, values = jax.tree.map(take, (keys, values))
-        if raw:
-            keys = [_rotate_keys(x, t, stack.rope) for x, t in zip(keys, rope_keys, strict=True)]
-        queries = [rotate(q, t, stack.rope.layout) for t in (rope_sinks, rope_recent)[not S :]]
-        parts = zip(queries, keys, values, seen[not S :], strict=True)
-        return _attend([_Keys(*part) for part in parts]), layer
+        found = [
+            part.keys(q, key, value, stack.rope)
+            for part, key, value in zip(parts, keys, values, strict=True)
+        ]
+        return _attend(found, stack.slopes(), sink), layer
 
     x, caches = x[:, None], []
     for weights, layer in zip(layers, cache.layers, strict=True):
         x, layer = _block(stack, weights, x, functools.partial(attend, layer))
         caches.append(layer)
-    lengths = cache.lengths.at[every].add(active.astype(jnp.int32), mode="drop")
-    return x[:, 0], SinkCache(layers=tuple(caches), lengths=lengths)
+    read = cache.read.at[every].add(active.astype(jnp.int32), mode="drop")
+    return x[:, 0], cache.replace(layers=tuple(caches), read=read)
+
+
+class _Part(NamedTuple):
+    """What all layers share of one chunk of slots: tables of `stream_rope` for queries and keys
+    (None: as they are), mask and distance [B, 1, S]."""
+
+    rope_query: Any
+    rope_keys: Any
+    mask: jax.Array
+    distance: jax.Array
+
+    def keys(self, q, key, value, rope: RopeConfig) -> _Keys:
+        key = _rotate_keys(key, self.rope_keys, rope)
+        return _Keys(_rotate(q, self.rope_query, rope), key, value, self.mask, self.distance)
+
+
+def _rotations(stack: TransformerConfig):
+    """(positions, limit) -> `stream_rope` of a stack, None if it does not rotate."""
+
+    def table(positions, limit=MAX_TOKENS):
+        if not stack.rotates:
+            return None
+        return stream_rope(positions, stack.rope, stack.head_width, limit)
+
+    return table
 
 
 def _rotate(x, table, rope: RopeConfig):
-    """x [B, T, H, K] rotated by a table [B, T, K], or [1, T, K] for all rows."""
+    """x [B, T, H, K] rotated by a table [B, T, K], or [1, T, K] for all rows; None: as it is."""
+    if table is None:
+        return x
     return rotate(x, jnp.broadcast_to(table, (x.shape[0], *table.shape[1:])), rope.layout)
 
 
@@ -367,13 +423,13 @@ def extend(
     sinks. T must be a multiple of `block_size`.
     """
     (B, T, _), S, W = x.shape, config.num_sinks, config.recent
-    Q, first = block_size(config, T), cache.lengths
+    Q, first = block_size(config, T), cache.read
     if T % Q:
         raise ValueError(f"extend: {T} tokens are no multiple of the block of {Q}")
     N, G, K = T // Q, stack.kv_heads, stack.head_width
-    raw = config.rotation is Rotation.IN_CACHE
+    raw = stack.rotates and config.rotation is Rotation.IN_CACHE
     position_BT = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-    table = functools.partial(stream_rope, rope=stack.rope, head_dim=K)
+    table = _rotations(stack)
 
     # Kept tokens in order, then the new ones: number e has the index first - W + e of the text.
     index_E = jnp.arange(W + T, dtype=jnp.int32)
@@ -381,15 +437,16 @@ def extend(
     old_BW = (token_BE[:, :W] - S) % W
     after_BW, _ = ring_index(jnp.full_like(first, S), first + counts, W)
     after_BW = jnp.clip(after_BW - first[:, None] + W, 0, W + T - 1)
-    rope_E = table(index_E[None, :], limit=W + T) if raw else None
+    rope_E = table(index_E[None, :], W + T) if raw else None
     rope_BT = rope_E[:, W:] if raw else table(position_BT)
     if S:
         sink_S = jnp.arange(S, dtype=jnp.int32)
         new_BS = jnp.clip(sink_S[None, :] - first[:, None], 0, T - 1)
         is_new = sink_S[None, :] >= first[:, None]
         is_new &= sink_S[None, :] < (first + counts)[:, None]
-        rope_S = table(sink_S[None, :], limit=S)
-        rope_sinks = table(query_positions(config, position_BT)[1])
+        rope_S = table(sink_S[None, :], S)
+        to_sinks = query_positions(config, position_BT)[1]
+        rope_sinks = table(to_sinks)
 
     # Query i of a block sees the numbers i + 1 .. i + W of the keys from the block's start on.
     block_NF = (jnp.arange(N, dtype=jnp.int32) * Q)[:, None] + jnp.arange(W + Q)[None, :]
@@ -397,6 +454,7 @@ def extend(
     near_QF = (distance_QF > 0) & (distance_QF <= W)
     later_BNF = jnp.take(token_BE >= S, block_NF, axis=1)
     recent_mask = (later_BNF[:, :, None] & near_QF[None, None]).reshape(B * N, Q, W + Q)
+    recent_distance = jnp.broadcast_to((W - distance_QF)[None], recent_mask.shape)
 
     def blocks(x_BTHK):
         return x_BTHK.reshape(B * N, Q, *x_BTHK.shape[2:])
@@ -408,7 +466,7 @@ def extend(
     def gather(x_BGSK, index_BS):
         return jnp.take_along_axis(x_BGSK, index_BS[:, None, :, None], axis=2)
 
-    def attend(layer, q, k, v):
+    def attend(layer, sink, q, k, v):
         rotated = _rotate(k, rope_BT, stack.rope)
         # What is cached, and what is attended to.
         new_k, new_v = (jnp.swapaxes(x, 1, 2) for x in (k if raw else rotated, v))
@@ -417,29 +475,32 @@ def extend(
             for chunks, new in ((layer.key, new_k), (layer.value, new_v))
         )
         kept = [[gather(x, after_BW)] for x in (key, value)]
-        seen = _rotate_keys(key, rope_E, stack.rope) if raw else key
+        seen = _rotate_keys(key, rope_E, stack.rope)
         q_recent = _rotate(q, rope_BT, stack.rope)
-        parts = [_Keys(blocks(q_recent), key_blocks(seen), key_blocks(value), recent_mask)]
+        keys = (key_blocks(seen), key_blocks(value))
+        parts = [_Keys(blocks(q_recent), *keys, recent_mask, recent_distance)]
         if S:
             mask = is_new[:, None, :, None]
-            sink = [
+            first_tokens = [
                 jnp.where(mask, gather(new, new_BS), chunks[0])
                 for chunks, new in ((layer.key, new_k), (layer.value, new_v))
             ]
-            kept = [[a, *b] for a, b in zip(sink, kept, strict=True)]
-            key = _rotate_keys(sink[0], rope_S, stack.rope) if raw else sink[0]
+            kept = [[a, *b] for a, b in zip(first_tokens, kept, strict=True)]
+            key, value = first_tokens
+            key = _rotate_keys(key, rope_S if raw else None, stack.rope)
+            keys = (jnp.repeat(x, N, axis=0) for x in (key, value))
+            q_sinks = blocks(_rotate(q, rope_sinks, stack.rope))
             visible = blocks(sink_S[None, None, :] <= position_BT[:, :, None])
-            keys, values = (jnp.repeat(x, N, axis=0) for x in (key, sink[1]))
-            q_sinks = blocks(rotate(q, rope_sinks, stack.rope.layout))
-            parts.insert(0, _Keys(q_sinks, keys, values, visible))
-        out = _attend(parts).reshape(B, T, *q.shape[2:])
+            distance = blocks(to_sinks[:, :, None] - sink_S[None, None, :])
+            parts.insert(0, _Keys(q_sinks, *keys, visible, distance))
+        out = _attend(parts, stack.slopes(), sink).reshape(B, T, *q.shape[2:])
         return out, LayerCache(key=tuple(kept[0]), value=tuple(kept[1]))
 
     caches = []
     for weights, layer in zip(layers, cache.layers, strict=True):
         x, layer = _block(stack, weights, x, functools.partial(attend, layer))
         caches.append(layer)
-    return x, SinkCache(layers=tuple(caches), lengths=first + counts)
+    return x, cache.replace(layers=tuple(caches), read=first + counts)
 
 
 def block_size(config: StreamingConfig, length: int) -> int:
@@ -486,8 +547,17 @@ class StreamingDecoder:
         return self.replace(weights=step.block_weights(layers, self.model.config.precision.dtype))
 
     def new_cache(self, rows: int) -> SinkCache:
-        """The cache of rows that have read nothing."""
-        return SinkCache.create(self.config, self._stack, rows, self.model.config.precision.dtype)
+        """The cache of rows that have read nothing but the sink tokens of the model, if any."""
+        dtype, count = self.model.config.precision.dtype, self.model.config.sink_tokens
+        cache = SinkCache.create(self.config, self._stack, rows, dtype)
+        if not count:
+            return cache
+        x_ND = self.params["sink_tokens"].astype(dtype)
+        x_ND = jnp.pad(x_ND, [(0, -count % block_size(self.config, count)), (0, 0)])
+        x_BND, counts = jnp.repeat(x_ND[None], rows, axis=0), jnp.full((rows,), count, jnp.int32)
+        layers = self.prepare().weights
+        _, cache = extend(self.config, self._stack, layers, x_BND, cache, counts)
+        return cache.replace(sink_tokens=count)
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]

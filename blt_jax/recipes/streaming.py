@@ -157,7 +157,7 @@ class Backcopy(Pretraining):
 
     def run(self, context: Context) -> dict[str, float]:
         """`nats_<mode>` beyond the training length, of targets after a trigger and of others too;
-        `<mode>_increase` over the same model within its training length."""
+        `nats_before_eviction`; `eviction_cost`, what a window loses to as many keys with sinks."""
         documents = open_documents(self.data)
         texts = (documents[index].text for index in range(len(documents)))
         bigrams = byte_bigrams(texts, self.num_symbols)
@@ -194,9 +194,8 @@ class Backcopy(Pretraining):
             numbers[f"nats_{name}"] = float(late.mean())
             numbers[f"nats_{name}_copies"] = float(late[late_copies].mean())
             numbers[f"nats_{name}_others"] = float(late[~late_copies].mean())
-            # Row starts are harder: the increase is over positions with a full context.
-            settled = next(iter(nats.values()))[:, start // 2 : start].mean()
-            numbers[f"{name}_increase"] = float(late.mean() - settled)
+        if {"window", "sinks"} <= nats.keys():
+            numbers["eviction_cost"] = numbers["nats_window"] - numbers["nats_sinks"]
         return numbers
 
 

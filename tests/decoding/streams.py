@@ -3,6 +3,7 @@
 import numpy as np
 
 from blt_jax.layers.rope import RopeLayout, rope_frequencies
+from blt_jax.layers.transformer import Softmax
 
 
 def rms(x, weight, eps):
@@ -33,9 +34,11 @@ def stream_logits(model, params, tokens, num_sinks, window, original=False, incl
     H, G, K = stack.num_heads, stack.kv_heads, stack.head_width
     layers = params["transformer"]["layers"]
     caches = [[] for _ in range(stack.num_layers)]  # (index, unrotated key [G, K], value [G, K])
+    first = params.get("sink_tokens", np.zeros((0, stack.d_model)))
+    inputs = np.concatenate([first, np.asarray(params["embed"]["table"])[tokens]])
+    slopes = np.zeros(H) if stack.rotates else np.asarray(stack.slopes())
     result = []
-    for t, token in enumerate(tokens):
-        x = np.asarray(params["embed"]["table"][token], np.float64)
+    for t, x in enumerate(inputs.astype(np.float64)):
         for number, cache in enumerate(caches):
 
             def weight(*names, number=number):
@@ -57,11 +60,17 @@ def stream_logits(model, params, tokens, num_sinks, window, original=False, incl
             heads = []
             for head in range(H):
                 group = head // (H // G)
-                query = rotated(q[head], ranks[-1], stack.rope)
-                keys = [
-                    rotated(k[group], rank, stack.rope) for rank, k in zip(ranks, ks, strict=True)
-                ]
-                weights = softmax(np.asarray([query @ key / np.sqrt(K) for key in keys]))
+                query, keys = q[head], [k[group] for k in ks]
+                if stack.rotates:
+                    query = rotated(query, ranks[-1], stack.rope)
+                    keys = [rotated(k, r, stack.rope) for k, r in zip(keys, ranks, strict=True)]
+                scores = np.stack(keys) @ query / np.sqrt(K)
+                scores -= slopes[head] * (ranks[-1] - np.asarray(ranks))
+                if stack.softmax is not Softmax.STANDARD:
+                    learned = stack.softmax is Softmax.LEARNED_SINK
+                    sink = weight("attention", "sink")[head] if learned else 0.0
+                    scores = np.append(scores, sink)
+                weights = softmax(scores)[: len(keys)]
                 heads.append(weights @ np.stack([v[group] for v in vs]))
             if not include_current and len(cache) > num_sinks + window:
                 del cache[num_sinks]
@@ -71,7 +80,7 @@ def stream_logits(model, params, tokens, num_sinks, window, original=False, incl
             x = x + (gate / (1 + np.exp(-gate)) * (h @ weight("mlp", "up"))) @ weight("mlp", "down")
         x = rms(x, params["norm"]["weight"], stack.norm_eps)
         result.append(x @ np.asarray(model.output_kernel(params), np.float64))
-    return np.stack(result)
+    return np.stack(result)[len(first) :]
 
 
 def nats(logits, tokens):

@@ -29,6 +29,7 @@ from blt_jax.decoding.streaming_llm import (
 from blt_jax.dist.sharding import init_params
 from blt_jax.layers.cache import ring_index
 from blt_jax.layers.rope import RopeConfig, rope_frequencies
+from blt_jax.layers.transformer import PositionEncoding, Softmax
 from blt_jax.models import llama3, megalodon
 from tests.decoding import streams
 
@@ -91,6 +92,35 @@ def test_ring_and_stream_equal_the_loop(case):
     logits, _ = ring(streaming_decoder(*build(), config), jnp.asarray(TOKENS[:1]))
     np.testing.assert_allclose(logits[0], expected, atol=1e-5)
     nats = streaming_nats(*build(), config, TOKENS[:1])
+    np.testing.assert_allclose(nats[0], streams.nats(expected, TOKENS[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({"position_encoding": PositionEncoding.ALIBI}, CASES["sinks"]),
+        ({"softmax": Softmax.OFF_BY_ONE}, streaming_llm.window(6)),
+        ({"softmax": Softmax.LEARNED_SINK, "sink_tokens": 2}, CASES["sinks"]),
+        ({"sink_tokens": 1}, streaming_llm.window(6)),
+    ],
+    ids=["alibi", "zero sink", "learned sink, sink tokens", "sink token that is evicted"],
+)
+def test_options_of_the_model(options, config):
+    model, _ = build()
+    options = dict(options)
+    count = options.pop("sink_tokens", 0)
+    stack = dataclasses.replace(model.config.transformer, **options)
+    model = dataclasses.replace(model.config, transformer=stack, sink_tokens=count).build()
+    params = init_params(model, jax.random.key(1))
+    if "sink" in params["transformer"]["layers"]["attention"]:
+        learned = jax.random.normal(jax.random.key(2), (2, 4))
+        params["transformer"]["layers"]["attention"]["sink"] = learned
+    sizes = (config.num_sinks, config.window)
+    expected = streams.stream_logits(model, params, TOKENS[0], *sizes)
+    logits, cache = ring(streaming_decoder(model, params, config), jnp.asarray(TOKENS[:1]))
+    np.testing.assert_allclose(logits[0], expected, atol=1e-5)
+    assert cache.lengths.tolist() == [LENGTH]
+    nats = streaming_nats(model, params, config, TOKENS[:1])
     np.testing.assert_allclose(nats[0], streams.nats(expected, TOKENS[0]), atol=1e-5)
 
 
@@ -274,7 +304,7 @@ def test_bad_arguments():
     cache = streaming_decoder(model, params, streaming_llm.sinks(4, 11)).new_cache(1)
     with pytest.raises(ValueError, match=r"\(4, 11\).*must be .*\(4, 12\)"):
         decoder.step(jnp.asarray([1]), cache)
-    full = decoder.new_cache(1).replace(lengths=jnp.asarray([MAX_TOKENS]))
+    full = decoder.new_cache(1).replace(read=jnp.asarray([MAX_TOKENS]))
     with pytest.raises(ValueError, match="exceed capacity=2147483647"):
         decoder.step(jnp.asarray([1]), full)
     with pytest.raises(ValueError, match="at least 2 tokens"):
