@@ -122,6 +122,7 @@ def stream_rows(model, params) -> list[dict]:
     import jax.numpy as jnp
 
     from blt_jax.decoding import streaming_llm as sl
+    from blt_jax.decoding.streaming_scores import streaming_nats
 
     config = sl.sinks(4, 252, rotation=sl.Rotation.TWO_PHASE)
     tokens = np.random.default_rng(1).integers(0, 256, (1, STREAM)).astype(np.int32)
@@ -140,7 +141,7 @@ def stream_rows(model, params) -> list[dict]:
     decoder = sl.streaming_decoder(model, params, config)
     runs = {
         "stream, one by one": lambda: one_by_one(decoder, tokens)[:, 0],
-        "stream, at once": lambda: sl.streaming_nats(model, params, config, tokens)[0],
+        "stream, at once": lambda: streaming_nats(model, params, config, tokens)[0],
     }
     results = [np.asarray(run()) for run in runs.values()]
     difference = float(np.abs(results[0] - results[1]).max())

@@ -17,6 +17,7 @@ Axes as in blt.py; R slots for the bytes of the open patch.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -46,6 +47,7 @@ from blt_jax.models.blt_patches import patch_layout
 from blt_jax.models.blt_patching import NEWLINE, VOCAB_SIZE, PatcherConfig, PatcherKind
 
 NGRAM_WINDOW = 8
+LatentStep = Callable[..., tuple[jax.Array, Any]]
 
 
 # ------------------------------------------------------------------------------------- state
@@ -167,6 +169,8 @@ class BLTDecoder:
     entropy_params: Any = None
     weights: Any = None
     """StepWeights, see `prepare`."""
+    latent_step: LatentStep = flax.struct.field(pytree_node=False, default=step.transformer_step)
+    """Reads one patch per row, as `layers.step.transformer_step`, with the latent cache."""
 
     @classmethod
     def create(
@@ -537,7 +541,7 @@ def _close_patch(decoder, patch: OpenPatch, position, closes, latent, context, r
     with jax.named_scope("latent"):
         if "latent_projection" in params:
             x = x @ params["latent_projection"]["kernel"].astype(x.dtype)
-        x, latent = step.transformer_step(config.latent, weights.latent, x, latent, closes, rows)
+        x, latent = decoder.latent_step(config.latent, weights.latent, x, latent, closes, rows)
         x = x @ params["context_projection"]["kernel"].astype(x.dtype)
     with jax.named_scope("context"):
         return latent, _new_context(config, weights, x, closes, context)

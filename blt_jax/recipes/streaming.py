@@ -22,7 +22,8 @@ from blt_jax.data.synthetic import (
     key_value_rows,
 )
 from blt_jax.data.tokenizers import encode_document
-from blt_jax.decoding.streaming_llm import Policy, StreamingConfig, StreamScores, streaming_scores
+from blt_jax.decoding.streaming_llm import Policy, StreamingConfig
+from blt_jax.decoding.streaming_scores import StreamScores, streaming_scores
 from blt_jax.layers.model import Model
 from blt_jax.models.llama3 import Llama3Config
 from blt_jax.recipes.language_model import LanguageModel

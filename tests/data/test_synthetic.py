@@ -1,8 +1,10 @@
 """Synthetic corpora are pure functions of their seed and have the stated structure."""
 
+import numpy as np
 import pytest
 
 from blt_jax.data import synthetic
+from blt_jax.data.loader import DataConfig, evaluation_config
 
 
 def test_repeated_documents():
@@ -63,3 +65,72 @@ def test_recall_rows():
     assert (batch["segment_ids"].sum(1) == 7).all() and (tokens[:, 7:] == 0).all()
     with pytest.raises(ValueError, match="length is 6; it must be at least 7"):
         synthetic.recall_rows(1, 5, length=6, seed=0)
+
+
+def bigrams():
+    return synthetic.byte_bigrams([b"abcabcabdabc" * 9, b"cab"], 4)
+
+
+def test_byte_bigrams():
+    found = bigrams()
+    np.testing.assert_allclose(found.transitions.sum(1), 1.0)
+    np.testing.assert_allclose(found.start.sum(), 1.0)
+    a, b, c, d = range(4)
+    assert found.transitions[a, b] > 0.99 and found.transitions[d, a] > 0.99
+    np.testing.assert_allclose(found.transitions[b, c] / found.transitions[b, d], 3, rtol=0.01)
+    with pytest.raises(ValueError, match="num_symbols is 5; the texts have 4"):
+        synthetic.byte_bigrams([b"abcd" * 2], 5)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_backcopy_rows(bos):
+    task = dict(length=50, bigrams=bigrams(), triggers=(2,), bos=bos)
+    batch = synthetic.backcopy_rows(range(5), (1, 2), **task)
+    tokens, copies = batch["tokens"], batch["follows_trigger"]
+    np.testing.assert_array_equal(batch["targets"][:, :-1], tokens[:, 1:])
+    assert (tokens[:, 0] == 0).all() == bos and tokens[:, 1:].min() >= 1
+    ids = np.concatenate([tokens, batch["targets"][:, -1:]], axis=1)
+    assert copies.any() and not copies.all()
+    for row, t in np.argwhere(copies):
+        assert ids[row, t] == 2 and ids[row, t + 1] == ids[row, t - 1]
+    np.testing.assert_array_equal(copies[:, 1:], (tokens == 2)[:, 1:])
+    alone = synthetic.backcopy_rows([3], (1, 2), **task)
+    np.testing.assert_array_equal(alone["tokens"][0], tokens[3])
+    with pytest.raises(ValueError, match=r"triggers are \(5,\)"):
+        synthetic.backcopy_rows([0], (1,), **{**task, "triggers": (5,)})
+
+
+@pytest.mark.parametrize("distance", [-1, 0, 3])
+def test_key_value_rows(distance):
+    sizes = dict(lines=12, num_keys=16, num_values=5, distance=distance)
+    batch = synthetic.key_value_rows(range(4), (7,), **sizes)
+    assert batch["tokens"].shape == (4, 96)
+    for ids, mask in zip(batch["tokens"], batch["target_mask"], strict=True):
+        events = ids.reshape(12, 2, 4)
+        lines, questions = events[:, 0], events[:, 1]
+        assert (lines[:, 1] == 1).all() and (questions[:, 0] == 2).all()
+        for number, (_, key, value, _) in enumerate(questions):
+            earlier = [i for i in range(number + 1) if lines[i, 0] == key]
+            assert lines[earlier[-1], 2] == value
+            if distance >= 0 and number >= distance:
+                assert number - earlier[-1] == distance
+        asked = np.flatnonzero(mask)
+        assert (asked % 8 == 5).all() and len(asked) == 12 - max(distance, 0)
+    with pytest.raises(ValueError, match="num_keys is 4; it must be at least 8"):
+        synthetic.key_value_rows([0], (7,), lines=9, num_keys=4, num_values=2, distance=3)
+
+
+def test_generated_batches_go_on_and_differ_between_splits():
+    def make(numbers, seed):
+        return {"ids": np.asarray(numbers), "seed": np.asarray(seed)}
+
+    config = DataConfig(batch_size=3, seed=5)
+    batches = synthetic.GeneratedBatches(config, make)
+    next(batches)
+    state = batches.get_state()
+    assert next(batches)["ids"].tolist() == [3, 4, 5]
+    batches.set_state(state)
+    batch = next(batches)
+    assert batch["ids"].tolist() == [3, 4, 5] and batch["seed"].tolist() == [5, 1]
+    held_out = synthetic.GeneratedBatches(evaluation_config(config), make)
+    assert next(held_out)["seed"].tolist() == [5, 0]

@@ -23,9 +23,8 @@ from blt_jax.decoding.streaming_llm import (
     query_positions,
     stream_rope,
     streaming_decoder,
-    streaming_nats,
-    streaming_scores,
 )
+from blt_jax.decoding.streaming_scores import streaming_nats, streaming_scores
 from blt_jax.dist.sharding import init_params
 from blt_jax.layers.cache import ring_index
 from blt_jax.layers.rope import RopeConfig, rope_frequencies

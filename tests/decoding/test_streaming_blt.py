@@ -1,0 +1,57 @@
+"""A BLT whose latent transformer has the rolling cache of StreamingLLM."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blt_jax.decoding.decoder import Decoder
+from blt_jax.decoding.streaming_blt import StreamingBLTDecoder
+from blt_jax.decoding.streaming_llm import Rotation, dense, sinks, window
+from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
+from tests.models.test_blt_decode import documents, incremental, make, small, stack
+
+STRIDED = PatcherConfig(kind=PatcherKind.STRIDED, stride=3)
+TOKENS, LENGTHS = documents([40, 40]), jnp.asarray([5, 2])
+
+
+@functools.cache
+def logits(window=0):
+    """Logits [2, 40, V] of a plain decoder whose latent transformer has this window."""
+    latent = stack(1, 24, 2, window=window)
+    return incremental(make(small(latent=latent), STRIDED), TOKENS, LENGTHS)[1]
+
+
+@pytest.mark.parametrize("rotation", list(Rotation))
+def test_a_window_of_patches_equals_a_latent_transformer_with_a_window(rotation):
+    decoder = StreamingBLTDecoder.create(make(small(), STRIDED), window(4, rotation=rotation))
+    assert isinstance(decoder, Decoder)
+    cache, found = incremental(decoder, TOKENS, LENGTHS)
+    np.testing.assert_allclose(found, logits(window=4), atol=1e-4)
+    assert cache.latent.lengths.tolist() == [14, 14]
+
+
+def test_sinks_change_nothing_before_a_patch_is_evicted():
+    decoder = StreamingBLTDecoder.create(make(small(), STRIDED), sinks(1, 3))
+    found = incremental(decoder, TOKENS, LENGTHS)[1]
+    # The first patch is one byte long: after 13 bytes there are five, one more than the cache has.
+    np.testing.assert_allclose(found[:, :12], logits()[:, :12], atol=1e-4)
+    for other in (logits(), logits(window=4)):
+        assert np.abs(found - other)[:, 20:].max() > 1e-2
+
+
+def test_bad_arguments():
+    blt, create = make(small(), STRIDED), StreamingBLTDecoder.create
+    with pytest.raises(ValueError, match="policy DENSE"):
+        create(blt, dense())
+    with pytest.raises(ValueError, match=r"local_encoder.window=0"):
+        create(make(small(local_encoder=stack(1)), STRIDED), window(4))
+    with pytest.raises(ValueError, match="window=3 tokens at most"):
+        create(make(small(latent=stack(1, 24, 2, window=3)), STRIDED), window(4))
+    with pytest.raises(ValueError, match="max_patch_length=0"):
+        space = PatcherConfig(kind=PatcherKind.SPACE)
+        create(make(small(), space), window(4))
+    limited = dataclasses.replace(space, max_patch_length=6)
+    assert create(make(small(), limited), window(4)).blt.longest_patch == 6
