@@ -15,11 +15,18 @@ draws the paper's figure for a model of text, over 100,000 bytes.
 import dataclasses
 
 from blt_jax.data.loader import DataConfig
-from blt_jax.data.sources import SourceConfig
+from blt_jax.data.sources import SourceConfig, SourceKind, Split
+from blt_jax.data.tokenizers import TokenizerConfig, TokenizerKind
 from blt_jax.decoding.streaming_llm import Positions, dense, recompute, sinks, window
 from blt_jax.layers.transformer import Softmax
 from blt_jax.models import llama3
-from blt_jax.recipes.streaming import Backcopy, Modes, StreamEval, StreamingPerplexity
+from blt_jax.recipes.streaming import (
+    Backcopy,
+    Modes,
+    PretrainedStream,
+    StreamEval,
+    StreamingPerplexity,
+)
 from blt_jax.train.comparison import Comparison
 from blt_jax.train.configs import select_run
 from blt_jax.train.optimizer import Schedule
@@ -141,7 +148,63 @@ def proof_seeds() -> Comparison:
     return dataclasses.replace(proof(), seeds=(0, 1, 2))
 
 
-RUNS = (smoke, tiny, stream_eval, proof, proof_seeds)
+def _paper_160m(softmax: Softmax, sink_tokens: int) -> StreamingPerplexity:
+    """Section 4.2: the Pythia-160M recipe with 1,024 keys and 0 to 4 sinks, on 400K tokens."""
+    config = llama3.small(vocab_size=50_304, num_layers=12, d_model=768, num_heads=12, mlp_dim=2048)
+    stack = dataclasses.replace(config.transformer, softmax=softmax)
+    few = tuple((f"sinks_{n}", sinks(n, 1024 - n)) for n in (1, 2, 4))
+    return StreamingPerplexity(
+        model=dataclasses.replace(config, transformer=stack, sink_tokens=sink_tokens),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind=TokenizerKind.HUGGING_FACE, path="tokenizer.json"),
+            sequence_length=2048,
+            batch_size=256,
+        ),
+        schedule=Schedule(learning_rate=6e-4, warmup_steps=1430),
+        steps=143_000,
+        prompts=(),
+        modes=(("window", window(1024)), *few),
+        stream_tokens=400_001,
+    )
+
+
+def paper_160m() -> StreamingPerplexity:
+    """The paper's vanilla 160M model (needs a pod)."""
+    return _paper_160m(Softmax.STANDARD, 0)
+
+
+def paper_160m_zero_sink() -> StreamingPerplexity:
+    """The same with the zero sink (needs a pod)."""
+    return _paper_160m(Softmax.OFF_BY_ONE, 0)
+
+
+def paper_160m_sink_token() -> StreamingPerplexity:
+    """The same with one sink token (needs a pod)."""
+    return _paper_160m(Softmax.STANDARD, 1)
+
+
+def paper_llama2_7b() -> PretrainedStream:
+    """Llama-2-7B with 4,096 keys and 0 to 8 sinks, and with fewer keys (needs the model)."""
+    counts = tuple((f"sinks_{n}", sinks(n, 4096 - n)) for n in (1, 2, 4, 8))
+    sizes = tuple((f"4_{size - 4}", sinks(4, size - 4)) for size in (512, 1024, 2048))
+    return PretrainedStream(
+        model_path="Llama-2-7b-hf",
+        data=DataConfig(
+            sources=(SourceConfig(kind=SourceKind.FILES, paths=("pg19/*.txt",)),),
+            tokenizer=TokenizerConfig(
+                kind=TokenizerKind.SENTENCEPIECE, path="Llama-2-7b-hf/tokenizer.model"
+            ),
+            split=Split.ALL,
+            shuffle=False,
+            repeat=False,
+        ),
+        modes=(("window", window(4096)), *counts, *sizes),
+        stream_tokens=400_001,
+    )
+
+
+PAPER = (paper_160m, paper_160m_zero_sink, paper_160m_sink_token, paper_llama2_7b)
+RUNS = (smoke, tiny, stream_eval, proof, proof_seeds, *PAPER)
 
 
 def get_config(run: str = "tiny") -> Experiment:

@@ -24,10 +24,11 @@ from blt_jax.data.synthetic import (
 from blt_jax.data.tokenizers import encode_document
 from blt_jax.decoding.streaming_llm import Policy, StreamingConfig
 from blt_jax.decoding.streaming_scores import StreamScores, streaming_scores
+from blt_jax.interop import hugging_face
 from blt_jax.layers.model import Model
 from blt_jax.models.llama3 import Llama3Config
 from blt_jax.recipes.language_model import LanguageModel
-from blt_jax.train.pretraining import Context, Fit, Pretraining
+from blt_jax.train.pretraining import Context, Experiment, Fit, Pretraining
 
 Modes = tuple[tuple[str, StreamingConfig], ...]
 
@@ -100,28 +101,75 @@ class StreamingPerplexity(LanguageModel):
             )
 
     def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
-        """`nats_<mode>`: log-perplexity beyond the training length; `seconds_<mode>`."""
-        tokens = self._stream()
-        scores, seconds = scores_by_mode(fit.model, fit.params, self.modes, tokens)
-        trained = self.data.sequence_length
-        nats = {name: found.nats for name, found in scores.items()}
-        context.writer.figure("log_perplexity", position_figure(nats, self.bucket, trained))
-        numbers = {f"nats_{name}": float(x[:, trained:].mean()) for name, x in nats.items()}
-        return numbers | {f"seconds_{name}": value for name, value in seconds.items()}
+        """As `stream_numbers`."""
+        tokens = text_stream(evaluation_config(self.data), self.stream_tokens)
+        read = (self.modes, tokens, self.bucket, self.data.sequence_length)
+        return stream_numbers(context, fit.model, fit.params, *read)
 
-    def _stream(self) -> np.ndarray:
-        """Tokens [1, stream_tokens] of the validation documents one after the other."""
-        tokenizer = self.data.tokenizer.build()
-        documents, parts, total = open_documents(evaluation_config(self.data)), [], 0
-        for index in range(len(documents)):
-            parts.append(encode_document(tokenizer, documents[index].text))
-            total += len(parts[-1])
-            if total >= self.stream_tokens:
-                return np.concatenate(parts)[None, : self.stream_tokens].astype(np.int32)
-        raise ValueError(
-            f"StreamingPerplexity.stream_tokens={self.stream_tokens}: the validation split has "
-            f"only {total} tokens"
-        )
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class PretrainedStream(Experiment):
+    """One stream of documents read with every mode by a Llama of a Hugging Face folder.
+
+    model_path: the folder. trained_length: of its rows; what comes after it counts.
+    """
+
+    model_path: str
+    data: DataConfig
+    modes: Modes = ()
+    trained_length: int = 4096
+    stream_tokens: int = 100_001
+    bucket: int = 1000
+
+    def __post_init__(self):
+        for name in ("trained_length", "bucket"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"PretrainedStream.{name}={getattr(self, name)}: must be >= 1")
+        if self.stream_tokens <= self.trained_length + self.bucket:
+            raise ValueError(
+                f"PretrainedStream.stream_tokens={self.stream_tokens}: must be above "
+                f"trained_length={self.trained_length} and a bucket of {self.bucket}"
+            )
+
+    def run(self, context: Context) -> dict[str, float]:
+        """As `stream_numbers`."""
+        model, params = hugging_face.load_pretrained(self.model_path)
+        check_modes("PretrainedStream", self.modes, model.config)
+        tokens = text_stream(self.data, self.stream_tokens)
+        read = (self.modes, tokens, self.bucket, self.trained_length)
+        return stream_numbers(context, model, params, *read)
+
+
+def text_stream(data: DataConfig, length: int) -> np.ndarray:
+    """Tokens [1, length] of the documents of a data config one after the other.
+
+    Raises ValueError if there are fewer.
+    """
+    tokenizer, documents, parts, total = data.tokenizer.build(), open_documents(data), [], 0
+    for index in range(len(documents)):
+        parts.append(encode_document(tokenizer, documents[index].text))
+        total += len(parts[-1])
+        if total >= length:
+            return np.concatenate(parts)[None, :length].astype(np.int32)
+    raise ValueError(f"stream_tokens={length}: the documents have only {total} tokens")
+
+
+def stream_numbers(
+    context: Context,
+    model: Model,
+    params: Any,
+    modes: Modes,
+    tokens: np.ndarray,
+    bucket: int,
+    trained_length: int,
+) -> dict[str, float]:
+    """`nats_<mode>`: log-perplexity of the tokens [1, T] beyond the trained length, and
+    `seconds_<mode>`, compilation included; the figure `log_perplexity`."""
+    scores, seconds = scores_by_mode(model, params, modes, tokens)
+    nats = {name: found.nats for name, found in scores.items()}
+    context.writer.figure("log_perplexity", position_figure(nats, bucket, trained_length))
+    numbers = {f"nats_{name}": float(x[:, trained_length:].mean()) for name, x in nats.items()}
+    return numbers | {f"seconds_{name}": value for name, value in seconds.items()}
 
 
 # ----------------------------------------------------------------------------------- backcopy

@@ -10,6 +10,9 @@ from blt_jax.train.launch import load_experiment_file, run_experiment
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 
+EVICTION_COST = 0.02
+"""Nats per token that a window must lose to as many keys with sinks (arXiv 2309.17453, Fig. 3)."""
+
 NGRAM_GAIN = 0.03
 """Bits per byte that hash n-grams must gain (arXiv 2412.09871, ablation of section 7)."""
 
@@ -28,6 +31,17 @@ def check_llama3(numbers: dict[str, float]) -> None:
     assert gain > numbers.get("annealed/difference_interval", 0.0)
 
 
+def check_streaming_llm(numbers: dict[str, float]) -> None:
+    modes = ("dense", "window", "sinks_original", "sinks")
+    nats = [numbers[f"bos/nats_{mode}"] for mode in modes]
+    assert nats == sorted(nats, reverse=True)
+    assert numbers["bos/eviction_cost"] > EVICTION_COST
+    assert abs(numbers["bos/nats_sinks"] - numbers["bos/nats_sinks_1"]) < 0.1 * EVICTION_COST
+    # Without an id of its own at the start, or with a sink in the softmax, nothing is lost.
+    for name in ("no_bos", "zero_sink", "learned_sink"):
+        assert abs(numbers[f"{name}/eviction_cost"]) < 0.1 * EVICTION_COST
+
+
 @pytest.mark.parametrize("run", ["blt_proof", "blt_proof_seeds"])
 def test_blt_proof_shows_the_gain_of_hash_ngrams(run):
     check_blt(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
@@ -35,6 +49,10 @@ def test_blt_proof_shows_the_gain_of_hash_ngrams(run):
 
 def test_llama3_proof_shows_the_gain_of_annealing():
     check_llama3(json.loads((RESULTS / "llama3_proof_seeds.json").read_text())["numbers"])
+
+
+def test_streaming_llm_proof_shows_the_cost_of_evicting_sinks():
+    check_streaming_llm(json.loads((RESULTS / "streaming_llm_proof.json").read_text())["numbers"])
 
 
 def test_kept_results_name_commit_device_and_versions():
@@ -46,7 +64,10 @@ def test_kept_results_name_commit_device_and_versions():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "check"), [("blt", check_blt), ("llama3", check_llama3)])
+@pytest.mark.parametrize(
+    ("system", "check"),
+    [("blt", check_blt), ("llama3", check_llama3), ("streaming_llm", check_streaming_llm)],
+)
 def test_proof_again(system, check, tmp_path):
     config = load_experiment_file(ROOT / "experiments" / f"{system}.py").get_config("proof")
     check(run_experiment(config, tmp_path))
