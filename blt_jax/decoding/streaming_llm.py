@@ -28,7 +28,9 @@ a time; the published code evaluates token by token, and frees room for a chat p
 With a linear position bias (ALiBi) the distance to a sink is the
 one inside the cache. Sink tokens of a model (section 3.3) are the first tokens of every row; they
 count as sinks here, and are in front of what RECOMPUTE and DENSE read. Learned absolute positions
-are not supported; no model here has them. Megalodon needs none of this:
+are not supported; no model here has them. Measured here: on bigram-backcopy, after 1,500 steps with
+a BOS, 48 keys cost 2.029 nats per token in a window and 1.998 with sinks, at positions 64-512
+(`python -m blt_jax.run --config=experiments/streaming_llm.py:proof`, one CPU core, 2026-11-22). Megalodon needs none of this:
 its state has a constant size by construction.
 """
 

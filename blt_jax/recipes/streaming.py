@@ -63,10 +63,11 @@ def position_figure(lines: dict[str, np.ndarray], bucket: int, trained_length: i
 
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, nats in lines.items():
+    for index, (name, nats) in enumerate(lines.items()):
+        style = ("-", "--", "-.", ":")[index % 4]  # lines may coincide
         buckets = nats.shape[1] // bucket
         means = nats[:, : buckets * bucket].reshape(-1, buckets, bucket).mean((0, 2))
-        axes.plot((np.arange(buckets) + 0.5) * bucket, means, linewidth=1.3, label=name)
+        axes.plot((np.arange(buckets) + 0.5) * bucket, means, style, linewidth=1.3, label=name)
     axes.axvline(trained_length, color="grey", linestyle="--", label="trained length")
     axes.set_xlabel("position in the stream (tokens)")
     axes.set_ylabel("log-perplexity (nats per token)")

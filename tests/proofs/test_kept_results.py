@@ -37,6 +37,9 @@ def check_streaming_llm(numbers: dict[str, float]) -> None:
     assert nats == sorted(nats, reverse=True)
     assert numbers["bos/eviction_cost"] > EVICTION_COST
     assert abs(numbers["bos/nats_sinks"] - numbers["bos/nats_sinks_1"]) < 0.1 * EVICTION_COST
+    # A learned sink token is needed as well, and one is enough.
+    assert numbers["sink_token/eviction_cost"] > 0.5 * EVICTION_COST
+    assert numbers["sink_token/nats_sinks_1"] < numbers["sink_token/nats_sinks"] + 1e-3
     # Without an id of its own at the start, or with a sink in the softmax, nothing is lost.
     for name in ("no_bos", "zero_sink", "learned_sink"):
         assert abs(numbers[f"{name}/eviction_cost"]) < 0.1 * EVICTION_COST
