@@ -19,19 +19,20 @@ heads, K head width, J width of the values, N blocks of queries, V vocabulary, L
 | section 3.3: zero sink, sink token | `TransformerConfig.softmax`, `Llama3Config.sink_tokens` |
 | section 4.1: perplexity of a long stream | `streaming_scores.streaming_nats` |
 
-Departures. The published code shifts its arrays and keeps S + W tokens beside the current one:
-here slots are overwritten in a ring, and S + W counts the current token unless `include_current`
-is False. `Rotation.TWO_PHASE` caches rotated keys instead: relative to a recent key the position
-in the cache and in the stream agree, and only the sinks need a query of their own. A prompt or a
-whole stream is read in blocks with the same cache (`extend`), the same function as one token at
-a time; the published code evaluates token by token, and frees room for a chat prompt beforehand.
-With a linear position bias (ALiBi) the distance to a sink is the
-one inside the cache. Sink tokens of a model (section 3.3) are the first tokens of every row; they
-count as sinks here, and are in front of what RECOMPUTE and DENSE read. Learned absolute positions
-are not supported; no model here has them. Measured here: on bigram-backcopy, after 1,500 steps with
-a BOS, 48 keys cost 2.029 nats per token in a window and 1.998 with sinks, at positions 64-512
-(`python -m blt_jax.run --config=experiments/streaming_llm.py:proof`, one CPU core, 2026-11-22). Megalodon needs none of this:
-its state has a constant size by construction.
+Departures. The published code shifts its arrays and keeps S + W tokens beside the current one: here
+slots are overwritten in a ring, and S + W counts the current token unless `include_current` is
+False. `Rotation.TWO_PHASE` caches rotated keys instead: relative to a recent key the position in
+the cache and in the stream agree, and only the sinks need a query of their own. A prompt or a whole
+stream is read in blocks with the same cache (`extend`), the same function as one token at a time;
+the published code evaluates token by token, and frees room for a chat prompt beforehand. With a
+linear position bias (ALiBi) the distance to a sink is the one inside the cache. Sink tokens of a
+model (section 3.3) are the first tokens of every row; they count as sinks here, and are in front of
+what RECOMPUTE and DENSE read. Learned absolute positions are not supported; no model here has them.
+Megalodon needs none of this: its state has a constant size by construction.
+
+Measured here: on bigram-backcopy, after 1,500 steps with a BOS, 48 keys cost 2.029 nats per token
+in a window and 1.998 with sinks, at positions 64-512 of streams (run `proof`, one CPU core,
+2026-11-22).
 """
 
 import dataclasses
