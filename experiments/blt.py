@@ -273,11 +273,19 @@ def blt_8b() -> BLTPretraining:
     return _paper(blt.paper_8b(), 16384, 1024)
 
 
-def _on_pod(run: BLTPretraining, mesh: MeshConfig, rows: int) -> BLTPretraining:
+def _on_pod(
+    run: BLTPretraining, mesh: MeshConfig, rows: int, remat: Remat = Remat.SAVE_NAMES
+) -> BLTPretraining:
     """A paper-size run on a pod, `rows` at once; what it takes is in docs/results/pods.md."""
+    model = run.blt.model
+    model = dataclasses.replace(
+        model,
+        latent=dataclasses.replace(model.latent, remat=remat),
+        local_decoder=dataclasses.replace(model.local_decoder, remat=remat),
+    )
     accumulation = run.blt.data.batch_size // rows
     return dataclasses.replace(
-        run, mesh=mesh, blt=dataclasses.replace(run.blt, accumulation=accumulation)
+        run, mesh=mesh, blt=dataclasses.replace(run.blt, model=model, accumulation=accumulation)
     )
 
 
@@ -293,7 +301,7 @@ def blt_1b_v5p_64() -> BLTPretraining:
 
 def blt_8b_v5e_256() -> BLTPretraining:
     """The 8B model on v5e:16x16."""
-    return _on_pod(blt_8b(), MeshConfig(data=8, fsdp=32), 256)
+    return _on_pod(blt_8b(), MeshConfig(data=4, fsdp=64), 256, Remat.FULL)
 
 
 def blt_8b_v5p_64() -> BLTPretraining:

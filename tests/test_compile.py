@@ -55,8 +55,7 @@ def report(tmp_path_factory):
     mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     stack = ("num_layers=6", "d_model=256", "mlp_dim=1024")
     deep = [f"--config.model.transformer.{setting}" for setting in stack]
-    deep += ["--config.data.batch_size=64", "--config.data.sequence_length=128"]
-    deep += ["--estimate=unrolled"]
+    deep += ["--config.data.batch_size=64", "--estimate=unrolled"]
     folder = tmp_path_factory.mktemp("compile")
     (numbers,), text = reports(folder, (SMOKE, "--topology=v5e:2x2", *mesh, *deep))
     return numbers, text
