@@ -22,6 +22,10 @@ Departures: the released code rather than Eq. 2, whose input term has the phase 
 (`input_phase=True`; a rotation of gamma). Statistics use shifted sums instead of compensated
 ones. Tail chunks may be short. Not here: replacing the statistics by those of the last six of
 eight chunks in generation (only in the release), and Mega's relu^2 and Laplace attention.
+
+Measured (experiments/megalodon.py:proof_seeds, 2 CPU cores, 2026-11-22, three seeds): trained on
+rows of 512 bytes, 1.869 bits per byte there and 1.839 +- 0.021 from 512 to 8,192; a Llama of equal
+size 2.204 and 5.186 +- 0.362.
 """
 
 import functools

@@ -22,6 +22,16 @@ ROWS = (
     ("llama3_tiny", "Byte-level Llama 3 `tiny`, held-out bits per byte", "bits_per_byte"),
     ("llama3_proof_seeds", "Llama 3, constant learning rate", "constant"),
     ("llama3_proof_seeds", "Llama 3, last fifth annealed", "annealed"),
+    (
+        "megalodon_proof_seeds",
+        "Llama 3 trained on rows of 512, bytes 512 to 8,192",
+        "llama/bits_per_byte_beyond",
+    ),
+    (
+        "megalodon_proof_seeds",
+        "Megalodon of that size, the same",
+        "megalodon/bits_per_byte_beyond",
+    ),
 )
 
 
@@ -36,8 +46,8 @@ def table() -> str:
         results = json.loads(file.read_text())
         numbers = results["numbers"]
         value = f"{numbers.get(key, numbers.get(f'{key}/bits_per_byte')):.3f}"
-        if f"{key}/interval" in numbers:
-            value += f" ± {numbers[f'{key}/interval']:.3f}"
+        interval = numbers.get(f"{key.split('/')[0]}/interval")
+        value += f" ± {interval:.3f}" if interval is not None else ""
         minutes = f"{results['wall_time_seconds'] / 60:.0f}"
         where = f"{results['device_count']} × {results['device']}, {results['date'][:10]}"
         lines.append(f"| {label} | {value} | {minutes} | {where} |")

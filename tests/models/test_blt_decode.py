@@ -50,11 +50,12 @@ def build(config):
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(1)))
     rng = np.random.default_rng(2)
 
-    def leaf(x):
-        value = rng.normal(size=x.shape) * (0.3 if len(x.shape) > 2 else 0.5)
-        return jnp.asarray(value + (len(x.shape) < 3), jnp.float32)
+    def leaf(path, x):
+        norm = any("norm" in key.key for key in path)
+        value = rng.normal(size=x.shape) * (0.5 if norm else 0.3)
+        return jnp.asarray(value + norm, jnp.float32)
 
-    return model, jax.tree.map(leaf, shapes)
+    return model, jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def documents(lengths, seed=0):

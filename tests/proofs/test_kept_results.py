@@ -43,6 +43,21 @@ def check_contrastive_decoding(numbers: dict[str, float]) -> None:
     assert numbers["equal/exact_match_gain"] < numbers["early/exact_match_gain"]
 
 
+def check_megalodon(numbers: dict[str, float]) -> None:
+    gap = -numbers["megalodon/difference"]
+    assert gap > 1 + numbers.get("megalodon/difference_interval", 0.0)
+    # Far beyond the trained length it is no worse than within; the Llama is.
+    within, far = (
+        {name: numbers[f"{name}/bits_per_byte_{part}"] for name in ("llama", "megalodon")}
+        for part in ("within", "to_8192")
+    )
+    assert far["megalodon"] < within["megalodon"] + 0.05
+    assert far["llama"] > within["llama"] + 1
+    assert abs(numbers["megalodon/parameters"] / numbers["llama/parameters"] - 1) < 0.02
+    # Beyond a chunk of 16, where chance is 1/8.
+    assert numbers["megalodon/recall_accuracy_48"] > 0.9
+
+
 def check_streaming_llm(numbers: dict[str, float]) -> None:
     modes = ("dense", "window", "sinks_original", "sinks")
     nats = [numbers[f"bos/nats_{mode}"] for mode in modes]
@@ -71,6 +86,10 @@ def test_contrastive_decoding_proof_shows_the_gain_of_weak_amateurs():
     check_contrastive_decoding(json.loads(file.read_text())["numbers"])
 
 
+def test_megalodon_proof_shows_an_unbroken_context():
+    check_megalodon(json.loads((RESULTS / "megalodon_proof_seeds.json").read_text())["numbers"])
+
+
 def test_streaming_llm_proof_shows_the_cost_of_evicting_sinks():
     check_streaming_llm(json.loads((RESULTS / "streaming_llm_proof.json").read_text())["numbers"])
 
@@ -97,6 +116,7 @@ def test_kept_results_name_commit_device_and_versions():
         ("blt", check_blt),
         ("contrastive_decoding", check_contrastive_decoding),
         ("llama3", check_llama3),
+        ("megalodon", check_megalodon),
         ("streaming_llm", check_streaming_llm),
     ],
 )
