@@ -144,7 +144,9 @@ def check_inputs(
         )
     if starts is not None:
         segments = np.ones((B, N), np.int32) if segment_ids is None else np.asarray(segment_ids)
-        first = np.diff(segments, axis=1, prepend=-1) != 0
+        # Padding at the end of a piece does not end a document.
+        document = np.maximum.accumulate(segments, axis=1)
+        first = (np.diff(document, axis=1, prepend=-1) != 0) & (segments > 0)
         second = np.pad(first[:, :-1], ((0, 0), (1, 0)))
         missing = (first | second) & (segments > 0) & ~np.asarray(starts)[:, :-1]
         if missing.any():
