@@ -52,7 +52,10 @@ def save(name: str, description: str, rows: list[dict[str, Any]]) -> pathlib.Pat
     stem.with_suffix(".json").write_text(json.dumps({"machine": info, "rows": rows}, indent=1))
     columns = list(
         dict.fromkeys(
-            key for row in rows for key, value in row.items() if not isinstance(value, list | dict)
+            key
+            for row in rows
+            for key, value in row.items()
+            if not isinstance(value, list | tuple | dict)
         )
     )
     lines = [f"# {name}, {info['date']}", "", description.strip(), ""]
