@@ -298,8 +298,9 @@ def test_sharded_equals_single_device():
         (other, other_sums), other_gradients = objective(model, placed, batch)
     np.testing.assert_allclose(value, other, rtol=1e-5)
     assert other_sums.metrics["patches"] == sums.metrics["patches"]
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale),
         gradients,
         jax.device_get(other_gradients),
     )
