@@ -184,7 +184,7 @@ def llama3_8b_v6e_256() -> LanguageModel:
 
 def llama3_70b_v5p_64() -> LanguageModel:
     """The 70B model on v5p:4x4x4."""
-    mesh = MeshConfig(data=1, fsdp=64)
+    mesh = MeshConfig(data=2, fsdp=32)
     return _on_pod(llama3_70b(), mesh, 64, Remat.FULL, logits_chunk=4096)
 
 
