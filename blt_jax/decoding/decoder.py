@@ -1,6 +1,6 @@
 """What can be decoded: prefill over prompts, then one token per row and step."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import flax.struct
 import jax
@@ -11,6 +11,7 @@ from blt_jax.layers import step
 from blt_jax.layers.cache import StepCache
 from blt_jax.layers.model import Model
 from blt_jax.layers.norms import rms_norm
+from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models.llama3 import Llama3
 from blt_jax.models.megalodon import Megalodon
 from blt_jax.models.megalodon_decode import MegalodonDecoder
@@ -61,8 +62,35 @@ class TransformerCache:
         return {"tokens": self.lengths}
 
 
+class OverTransformer:
+    """What decoders of a plain transformer share, which have a model and params, and weights
+    (see `prepare`) where they read token by token."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    def prepare(self) -> Self:
+        """As Decoder.prepare."""
+        if self.weights is not None:
+            return self
+        layers = self.params["transformer"]["layers"]
+        return self.replace(weights=step.block_weights(layers, self.model.config.precision.dtype))
+
+    def _embed(self, tokens):
+        dtype = self.model.config.precision.dtype
+        return jnp.take(self.params["embed"]["table"], tokens, axis=0).astype(dtype)
+
+    def _final_norm(self, x):
+        return rms_norm(x, self.params["norm"]["weight"], self._stack.norm_eps)
+
+    @property
+    def _stack(self) -> TransformerConfig:
+        return self.model.config.transformer
+
+
 @flax.struct.dataclass
-class TransformerDecoder:
+class TransformerDecoder(OverTransformer):
     """Decoder of a plain transformer language model.
 
     capacity: tokens a row may reach, prompt included; with a sliding window only its keys and
@@ -81,16 +109,6 @@ class TransformerDecoder:
         if capacity < 1:
             raise ValueError(f"capacity={capacity}: must be >= 1 token")
         return cls(model=model, params=params, capacity=capacity)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
-
-    def prepare(self) -> "TransformerDecoder":
-        if self.weights is not None:
-            return self
-        layers = self.params["transformer"]["layers"]
-        return self.replace(weights=step.block_weights(layers, self.model.config.precision.dtype))
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
@@ -128,16 +146,10 @@ class TransformerDecoder:
         """As Decoder.step. Outside jit, raises ValueError when a row has no room left."""
         step.check_token_ids("tokens", tokens)
         step.check_room(cache.lengths, 1, self.capacity)
-        params, dtype = self.params, self.model.config.precision.dtype
-        x = jnp.take(params["embed"]["table"], tokens, axis=0).astype(dtype)
-        layers = self.prepare().weights
+        layers, x = self.prepare().weights, self._embed(tokens)
         x, key_values = step.transformer_step(self._stack, layers, x, cache.key_values, active)
-        x = rms_norm(x, params["norm"]["weight"], self._stack.norm_eps)
-        return self.model.token_logits(self.params, x), TransformerCache(key_values)
-
-    @property
-    def _stack(self):
-        return self.model.config.transformer
+        logits = self.model.token_logits(self.params, self._final_norm(x))
+        return logits, TransformerCache(key_values)
 
 
 def token_decoder(model: Model, params: dict[str, Any], capacity: int) -> Decoder:

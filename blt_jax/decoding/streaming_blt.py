@@ -76,10 +76,8 @@ class StreamingBLTDecoder:
             stacks["entropy_model"] = blt.entropy_model.config.transformer
         return stacks
 
-    @property
-    def capacity(self) -> int:
-        """Bounded by the type of the positions alone."""
-        return MAX_TOKENS
+    capacity = MAX_TOKENS
+    """Bounded by the type of the positions alone."""
 
     @property
     def vocab_size(self) -> int:

@@ -47,12 +47,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from blt_jax.decoding.decoder import Decoder, TransformerDecoder
+from blt_jax.decoding.decoder import Decoder, OverTransformer, TransformerDecoder
 from blt_jax.layers import step
 from blt_jax.layers.cache import LayerCache, ring_index
 from blt_jax.layers.masks import NEGATIVE
 from blt_jax.layers.model import Model
-from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.rope import RopeConfig, rope_frequencies, rotate
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models.llama3 import Llama3
@@ -134,6 +133,11 @@ class StreamingConfig:
     def recent(self) -> int:
         """W: recent tokens that are attended to, the current one among them."""
         return self.window if self.include_current else self.window + 1
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Slots of the cache: for sinks, if there are any, and for recent tokens."""
+        return (self.num_sinks, self.recent) if self.num_sinks else (self.recent,)
 
     @property
     def size(self) -> int:
@@ -233,8 +237,7 @@ class SinkCache:
         cls, config: StreamingConfig, stack: TransformerConfig, rows: int, dtype: jnp.dtype
     ) -> "SinkCache":
         """The cache of rows that have read nothing."""
-        sizes = (*((config.num_sinks,) if config.num_sinks else ()), config.recent)
-        shapes = [(rows, stack.kv_heads, size, stack.head_width) for size in sizes]
+        shapes = [(rows, stack.kv_heads, size, stack.head_width) for size in config.chunks]
         zeros = tuple(jnp.zeros(shape, dtype) for shape in shapes)
         layer = LayerCache(key=zeros, value=zeros)
         return cls(layers=(layer,) * stack.num_layers, read=jnp.zeros((rows,), jnp.int32))
@@ -291,21 +294,17 @@ def _attend(parts: list[_Keys], slopes, sink) -> jax.Array:
     return out.reshape(B, T, H, -1).astype(parts[0].query.dtype)
 
 
-def _block(stack: TransformerConfig, weights: step.BlockWeights, x, attend):
-    """One transformer block over x [B, T, D]; attend(sink, q, k, v) gives the values and the
-    cache."""
-    H, G, K = stack.num_heads, stack.kv_heads, stack.head_width
-    with jax.named_scope("attention"):
-        h = rms_norm(x, weights.attention_norm, stack.norm_eps)
-        qkv_BTHK = (h @ weights.qkv).reshape(*x.shape[:2], H + 2 * G, K)
-        out, cache = attend(
-            stack.sink_logits(weights.sink), *jnp.split(qkv_BTHK, (H, H + G), axis=2)
+def _blocks(stack: TransformerConfig, layers, x, caches, attend):
+    """All blocks over x [B, T, D], and their caches; attend(cache, sink, q, k, v) gives what one
+    layer finds, and its cache."""
+    H, G, after = stack.num_heads, stack.kv_heads, []
+    for weights, cache in zip(layers, caches, strict=True):
+        known = functools.partial(attend, cache, stack.sink_logits(weights.sink))
+        x, cache = step.block(
+            stack, weights, x, lambda qkv, known=known: known(*jnp.split(qkv, (H, H + G), axis=2))
         )
-        x = x + out.reshape(*x.shape[:2], H * K) @ weights.out
-    with jax.named_scope("mlp"):
-        h = rms_norm(x, weights.mlp_norm, stack.norm_eps)
-        x = x + (jax.nn.silu(h @ weights.gate) * (h @ weights.up)) @ weights.down
-    return x, cache
+        after.append(cache)
+    return x, tuple(after)
 
 
 def stream_step(
@@ -362,12 +361,9 @@ def stream_step(
         ]
         return _attend(found, stack.slopes(), sink), layer
 
-    x, caches = x[:, None], []
-    for weights, layer in zip(layers, cache.layers, strict=True):
-        x, layer = _block(stack, weights, x, functools.partial(attend, layer))
-        caches.append(layer)
+    x, caches = _blocks(stack, layers, x[:, None], cache.layers, attend)
     read = cache.read.at[every].add(active.astype(jnp.int32), mode="drop")
-    return x[:, 0], cache.replace(layers=tuple(caches), read=read)
+    return x[:, 0], cache.replace(layers=caches, read=read)
 
 
 class _Part(NamedTuple):
@@ -498,11 +494,8 @@ def extend(
         out = _attend(parts, stack.slopes(), sink).reshape(B, T, *q.shape[2:])
         return out, LayerCache(key=tuple(kept[0]), value=tuple(kept[1]))
 
-    caches = []
-    for weights, layer in zip(layers, cache.layers, strict=True):
-        x, layer = _block(stack, weights, x, functools.partial(attend, layer))
-        caches.append(layer)
-    return x, cache.replace(layers=tuple(caches), read=first + counts)
+    x, caches = _blocks(stack, layers, x, cache.layers, attend)
+    return x, cache.replace(layers=caches, read=first + counts)
 
 
 def block_size(config: StreamingConfig, length: int) -> int:
@@ -527,7 +520,7 @@ def in_pieces(x: Int[Array, "B T"], size: int) -> Int[Array, "N B P"]:
 
 
 @flax.struct.dataclass
-class StreamingDecoder:
+class StreamingDecoder(OverTransformer):
     """Decoder of a plain transformer with sinks and a window: rows never run full.
 
     Make it with `streaming_decoder`, which checks the parts.
@@ -539,21 +532,8 @@ class StreamingDecoder:
     weights: Any = None
     """Tuple of step.BlockWeights, see `prepare`."""
 
-    @property
-    def capacity(self) -> int:
-        """Bounded by the type of the positions alone."""
-        return MAX_TOKENS
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
-
-    def prepare(self) -> "StreamingDecoder":
-        """As Decoder.prepare."""
-        if self.weights is not None:
-            return self
-        layers = self.params["transformer"]["layers"]
-        return self.replace(weights=step.block_weights(layers, self.model.config.precision.dtype))
+    capacity = MAX_TOKENS
+    """Bounded by the type of the positions alone."""
 
     def new_cache(self, rows: int) -> SinkCache:
         """The cache of rows that have read nothing but the sink tokens of the model, if any."""
@@ -604,8 +584,7 @@ class StreamingDecoder:
         x, cache = stream_step(
             self.config, self._stack, self.prepare().weights, self._embed(tokens), cache, active
         )
-        x = rms_norm(x, self.params["norm"]["weight"], self._stack.norm_eps)
-        return self.model.token_logits(self.params, x), cache
+        return self.model.token_logits(self.params, self._final_norm(x)), cache
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: SinkCache, counts: Int[Array, " B"]
@@ -613,15 +592,7 @@ class StreamingDecoder:
         """Hidden states, as the head reads them, of `counts` more tokens per row."""
         layers = self.prepare().weights
         x, cache = extend(self.config, self._stack, layers, self._embed(tokens), cache, counts)
-        return rms_norm(x, self.params["norm"]["weight"], self._stack.norm_eps), cache
-
-    def _embed(self, tokens):
-        dtype = self.model.config.precision.dtype
-        return jnp.take(self.params["embed"]["table"], tokens, axis=0).astype(dtype)
-
-    @property
-    def _stack(self) -> TransformerConfig:
-        return self.model.config.transformer
+        return self._final_norm(x), cache
 
 
 @flax.struct.dataclass
@@ -640,21 +611,15 @@ class TextCache:
 
 
 @flax.struct.dataclass
-class RecomputeDecoder:
+class RecomputeDecoder(OverTransformer):
     """Decoder that reads the last C tokens anew for every token (Fig. 1 c): O(C^2) per token."""
 
     model: Llama3 = flax.struct.field(pytree_node=False)
     params: Any
     config: StreamingConfig = flax.struct.field(pytree_node=False)
 
-    @property
-    def capacity(self) -> int:
-        """Bounded by the type of the positions alone."""
-        return MAX_TOKENS
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
+    capacity = MAX_TOKENS
+    """Bounded by the type of the positions alone."""
 
     def prepare(self) -> "RecomputeDecoder":
         return self
@@ -752,8 +717,7 @@ def check_cache(config: StreamingConfig, stack: TransformerConfig, cache: SinkCa
     layer = cache.layers[0]
     sizes = tuple(chunk.shape[2] for chunk in layer.key)
     found = (len(cache.layers), sizes, layer.key[0].shape[1], layer.key[0].shape[3])
-    sizes = (*((config.num_sinks,) if config.num_sinks else ()), config.recent)
-    wanted = (stack.num_layers, sizes, stack.kv_heads, stack.head_width)
+    wanted = (stack.num_layers, config.chunks, stack.kv_heads, stack.head_width)
     if found != wanted:
         raise ValueError(
             f"cache has (layers, slots, kv heads, head width) = {found}: must be {wanted}"

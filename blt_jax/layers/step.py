@@ -5,6 +5,7 @@ the time goes into reading weights and caches, and every slice of a stacked arra
 The equations are those of `layers.transformer`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -145,6 +146,26 @@ def attend_slots(
     return (out / total).reshape(B, H, -1).astype(q.dtype)
 
 
+def block(
+    config: TransformerConfig,
+    weights: BlockWeights,
+    x: Float[Array, "*B D"],
+    attend: Callable[[jax.Array], tuple[jax.Array, LayerCache]],
+) -> tuple[Float[Array, "*B D"], LayerCache]:
+    """One block around `attend`: queries, keys and values side by side [*B, H + 2 G, K], not
+    rotated, give what was found [*B, H, K] and the cache with the new tokens."""
+    heads = config.num_heads + 2 * config.kv_heads
+    with jax.named_scope("attention"):
+        h = rms_norm(x, weights.attention_norm, config.norm_eps)
+        qkv = (h @ weights.qkv).reshape(*x.shape[:-1], heads, config.head_width)
+        out, cache = attend(qkv)
+        x = x + out.reshape(*x.shape[:-1], -1) @ weights.out
+    with jax.named_scope("mlp"):
+        h = rms_norm(x, weights.mlp_norm, config.norm_eps)
+        x = x + (jax.nn.silu(h @ weights.gate) * (h @ weights.up)) @ weights.down
+    return x, cache
+
+
 def block_step(
     config: TransformerConfig,
     weights: BlockWeights,
@@ -155,29 +176,26 @@ def block_step(
     end: Int[Array, " B"],
     rows: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], LayerCache]:
-    """One block: its key and value go to `slot`, then it attends to the slots before `end`.
+    """`block` of one token per row: its key and value go to `slot`, then it attends to the slots
+    before `end`.
 
     positions: from `step_positions`. rows: the rows of the cache that x belongs to, None for all in
     order.
     """
-    H, G, K = config.num_heads, config.kv_heads, config.head_width
-    with jax.named_scope("attention"):
-        h = rms_norm(x, weights.attention_norm, config.norm_eps)
-        qkv_BHK = (h @ weights.qkv).reshape(-1, H + 2 * G, K)
+    H, G = config.num_heads, config.kv_heads
+
+    def attend(qkv_BHK):
         qk_BHK, slopes, distance = qkv_BHK[:, : H + G], config.slopes(), None
         if config.rotates:
             qk_BHK = rotate(qk_BHK[:, None], positions, config.rope.layout)[:, 0]
         else:
             distance = positions
-        cache = cache.write(qk_BHK[:, H:], qkv_BHK[:, H + G :], slot, rows)
+        written = cache.write(qk_BHK[:, H:], qkv_BHK[:, H + G :], slot, rows)
         begin, sink = jnp.zeros_like(end), config.sink_logits(weights.sink)
         options = dict(slopes=slopes, distance=distance, sink=sink)
-        out = attend_slots(qk_BHK[:, :H], cache, begin, end, rows, **options)
-        x = x + out.reshape(-1, H * K) @ weights.out
-    with jax.named_scope("mlp"):
-        h = rms_norm(x, weights.mlp_norm, config.norm_eps)
-        x = x + (jax.nn.silu(h @ weights.gate) * (h @ weights.up)) @ weights.down
-    return x, cache
+        return attend_slots(qk_BHK[:, :H], written, begin, end, rows, **options), written
+
+    return block(config, weights, x, attend)
 
 
 def step_positions(
