@@ -38,11 +38,11 @@ from blt_jax.recipes.contrastive_report import (
     outcome_text,
     strength_figure,
 )
+from blt_jax.recipes.samples import pad_rows
 from blt_jax.train.checkpoint import load_params
-from blt_jax.train.comparison import Comparison, mean_and_interval
+from blt_jax.train.comparison import Comparison, means
 from blt_jax.train.pretraining import Context, Experiment, Fit, Pretraining, shared_context
 from blt_jax.train.state import abstract_params
-from blt_jax.train.writers import read_results
 
 PROMPT_LENGTH, NEW_TOKENS = 1 + word_problems.LONGEST_STORY, word_problems.LONGEST_WORKING + 1
 NEGATIVE_SEED = 1
@@ -217,33 +217,23 @@ class AmateurComparison(Comparison):
 
     metric: str = "exact_match"
 
-    def run(self, context: Context) -> dict[str, float]:
+    def report(
+        self, context: Context, found: dict[str, list[dict[str, float]]]
+    ) -> dict[str, float]:
         """Adds every number of every run (means over the seeds with `_interval`), the table
         `texts/amateurs.txt` and the figure `amateurs`."""
-        numbers = super().run(context)
-        found = self._means(context)
+        numbers, by_run = super().report(context, found), means(found)
         if jax.process_index() == 0:
-            table = amateur_table(found)
+            table = amateur_table(by_run)
             print(table, flush=True)
             context.writer.text("amateurs", table)
-            context.writer.figure("amateurs", amateur_figure(self._curves(found), found))
-        for name, values in found.items():
+            context.writer.figure("amateurs", amateur_figure(self._curves(by_run), by_run))
+        for name, values in by_run.items():
             for key, (mean, interval) in values.items():
                 numbers[f"{name}/{key}"] = mean
                 if interval is not None:
                     numbers[f"{name}/{key}_interval"] = interval
         return numbers
-
-    def _means(self, context: Context) -> dict[str, dict[str, Mean]]:
-        means = {}
-        for name, _ in self.runs:
-            parts = [read_results(context.workdir / part) for part, _ in self._parts(name)]
-            repeated = [part["numbers"] for part in parts]
-            means[name] = {
-                key: mean_and_interval([float(numbers[key]) for numbers in repeated])
-                for key in repeated[0]
-            }
-        return means
 
     def _curves(self, found: dict[str, dict[str, Mean]]) -> dict[str, dict[float, Mean]]:
         """Exact match by beta of every amateur, at the alpha of its run."""
@@ -292,18 +282,9 @@ def word_problem_batches(
 # ---------------------------------------------------------------------------------- solving
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids [B, T] and lengths [B]."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), lengths.max()), np.int32)
-    for place, row in zip(tokens, rows, strict=True):
-        place[: len(row)] = row
-    return tokens, lengths
-
-
 def stories(problems: Sequence[WordProblem]) -> tuple[np.ndarray, np.ndarray]:
     """Ids [B, T] of BOS and the stories, and lengths [B]."""
-    tokens, lengths = _padded([[BOS_ID, *word_problems.encode(p.story())] for p in problems])
+    tokens, lengths = pad_rows([[BOS_ID, *word_problems.encode(p.story())] for p in problems])
     return np.pad(tokens, ((0, 0), (0, PROMPT_LENGTH - tokens.shape[1]))), lengths
 
 
@@ -314,7 +295,7 @@ def negative_prompts(problems: Sequence[WordProblem]) -> tuple[np.ndarray, np.nd
         example = word_problems.word_problem(seed=(NEGATIVE_SEED, number), split=Split.TRAIN)
         solved = word_problems.encode(f"{example.story()} {example.working(Manner.SHORTCUT)}")
         rows.append([BOS_ID, *solved, EOS_ID, *word_problems.encode(problem.story())])
-    return _padded(rows)
+    return pad_rows(rows)
 
 
 def solve(
@@ -395,7 +376,7 @@ def ranking(pair: ContrastiveDecoder, problems: Sequence[WordProblem]) -> dict[s
     """Share of problems whose true working scores best per token of the four `candidates`, and
     better than the shortcut."""
     rows = [[*word_problems.encode(t), EOS_ID] for p in problems for t in candidates(p)]
-    texts, sizes = _padded(rows)
+    texts, sizes = pad_rows(rows)
     sizes = sizes.reshape(len(problems), -1)
     texts = texts.reshape(*sizes.shape, -1)
     scores = np.asarray(contrastive_scores(pair, *stories(problems), texts, sizes).scores)

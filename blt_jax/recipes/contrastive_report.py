@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from blt_jax.train.comparison import aligned
+
 Mean = tuple[float, float | None]
 """A mean over seeds and half the width of its 95 % interval, None for one seed."""
 
@@ -87,11 +89,7 @@ def amateur_table(found: dict[str, dict[str, Mean]]) -> str:
             cell = "" if mean is None else f"{mean:.3f}"
             cells.append(cell + (f" ± {interval:.3f}" if interval is not None else ""))
         lines.append((name, *cells))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def amateur_figure(curves: dict[str, dict[float, Mean]], found: dict[str, dict[str, Mean]]) -> Any:

@@ -1,6 +1,7 @@
 """Text generated at the end of a run, with the speed and counts of its generation."""
 
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,18 @@ from blt_jax.decoding.sampling import SamplingConfig, generate
 from blt_jax.train.pretraining import Context
 
 
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [B, T] right-padded with 0, and lengths [B]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for place, row in zip(tokens, rows, strict=True):
+        place[: len(row)] = row
+    return tokens, lengths
+
+
 def encode_prompts(tokenizer: Tokenizer, prompts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Ids [B, T] of the prompts after BOS, right-padded with 0, and their lengths [B]."""
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
-    for row, prompt in zip(tokens, ids, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, np.array([len(prompt) for prompt in ids], np.int32)
+    return pad_rows([tokenizer.encode(prompt, bos=True) for prompt in prompts])
 
 
 def samples_wanted(prompts: tuple[str, ...], max_new_tokens: int) -> bool:

@@ -54,6 +54,11 @@ def scores_by_mode(
     return scores, seconds
 
 
+def whole_rows(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Tokens [B, T + 1] of a batch, the last target included."""
+    return np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+
+
 def position_figure(lines: dict[str, np.ndarray], bucket: int, trained_length: int) -> Any:
     """The paper's Fig. 3: log-perplexity over the position in the stream, one line per mode.
 
@@ -216,7 +221,7 @@ class Backcopy(Pretraining):
             self.data, sequence_length=self.stream_length, batch_size=self.num_streams
         )
         batch = next(self._batches(streams, bigrams))
-        tokens = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+        tokens = whole_rows(batch)
         scores, _ = scores_by_mode(fit.model, fit.params, self.modes, tokens)
         nats = {name: found.nats for name, found in scores.items()}
         trained = self.data.sequence_length
@@ -299,7 +304,7 @@ class StreamEval(Pretraining):
         )
         for distance in self.distances:
             batch = next(self._batches(streams, distance))
-            tokens = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+            tokens = whole_rows(batch)
             scores, _ = scores_by_mode(fit.model, fit.params, self.modes, tokens)
             late = batch["target_mask"][:, tokens.shape[1] // 2 :]
             for name, found in scores.items():

@@ -48,11 +48,10 @@ class Comparison(Experiment):
             raise ValueError(f"Comparison.seeds={self.seeds}: must differ")
 
     def run(self, context: Context) -> dict[str, float]:
-        """All runs, then `comparison.txt`, `comparison.json` and `figures/comparison.png`."""
-        values: dict[str, list[float]] = {}
-        further: dict[str, dict[str, float]] = {}
+        """All runs, then their `report`."""
+        found: dict[str, list[dict[str, float]]] = {}
         for name, experiment in self.runs:
-            values[name], others = [], []
+            found[name] = []
             for part, seed in self._parts(name):
                 repeated = experiment if seed is None else configs.replace_seeds(experiment, seed)
                 numbers = _run_child(context, part, repeated)
@@ -60,27 +59,31 @@ class Comparison(Experiment):
                     raise ValueError(
                         f"Comparison.metric={self.metric!r}: run {name!r} gives {sorted(numbers)}"
                     )
-                values[name].append(float(numbers[self.metric]))
-                others.append({key: float(numbers[key]) for key in self.further if key in numbers})
-            further[name] = {key: float(np.mean([n[key] for n in others])) for key in others[0]}
-        rows = compare(values)
+                found[name].append(numbers)
+        return self.report(context, found)
+
+    def report(
+        self, context: Context, found: dict[str, list[dict[str, float]]]
+    ) -> dict[str, float]:
+        """`comparison.txt`, `comparison.json`, `figures/comparison.png` and the numbers.
+
+        found: the numbers of every repetition of each run.
+        """
+        rows = compare(
+            {name: [float(n[self.metric]) for n in repeated] for name, repeated in found.items()}
+        )
+        further = {
+            name: {key: own[key][0] for key in self.further if key in own}
+            for name, own in means(found).items()
+        }
         if jax.process_index() == 0:
             table = format_table(rows, self.metric)
             if self.further:
                 table += "\n\n" + format_further(further, self.further)
             print(table, flush=True)
             (context.workdir / "comparison.txt").write_text(table + "\n")
-            (context.workdir / "comparison.json").write_text(
-                json.dumps(
-                    {
-                        "metric": self.metric,
-                        "seeds": self.seeds,
-                        "runs": rows,
-                        "further": further,
-                    },
-                    indent=2,
-                )
-            )
+            kept = {"metric": self.metric, "seeds": self.seeds, "runs": rows, "further": further}
+            (context.workdir / "comparison.json").write_text(json.dumps(kept, indent=2))
             context.writer.text("comparison", table)
             context.writer.figure("comparison", self._figure(context, rows))
         numbers = {}
@@ -152,6 +155,20 @@ def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
     return mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
+def means(
+    found: dict[str, list[dict[str, float]]],
+) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """`mean_and_interval` over the repetitions, of every number that all of a run's have."""
+    return {
+        name: {
+            key: mean_and_interval([float(numbers[key]) for numbers in repeated])
+            for key in repeated[0]
+            if all(key in numbers for numbers in repeated)
+        }
+        for name, repeated in found.items()
+    }
+
+
 def compare(values: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     """Per run: values, mean, interval, and the paired difference to the first run."""
     first = next(iter(values.values()))
@@ -187,7 +204,7 @@ def format_table(rows: dict[str, dict[str, Any]], metric: str) -> str:
         table.append(
             (name, cell(row["mean"], row["interval"]), difference, str(len(row["values"])))
         )
-    return _aligned(table)
+    return aligned(table)
 
 
 def format_further(numbers: dict[str, dict[str, float]], keys: tuple[str, ...]) -> str:
@@ -196,10 +213,11 @@ def format_further(numbers: dict[str, dict[str, float]], keys: tuple[str, ...]) 
     for key in keys:
         cells = [f"{own[key]:.6g}" if key in own else "" for own in numbers.values()]
         lines.append((key, *cells))
-    return _aligned(lines)
+    return aligned(lines)
 
 
-def _aligned(table: list[tuple[str, ...]]) -> str:
+def aligned(table: list[tuple[str, ...]]) -> str:
+    """Lines of cells as text, in columns of even width."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip()

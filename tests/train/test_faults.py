@@ -1,5 +1,6 @@
 """Faults of launched runs: only the steps since the last checkpoint are lost, and done again."""
 
+import contextlib
 import json
 import random
 import re
@@ -150,41 +151,46 @@ def test_damage_in_the_files_of_one_process_turns_both_back(cache, whole_of_two,
     assert lines(workdir) == lines(whole_of_two)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+@contextlib.contextmanager
+def little_space(folder):
+    """(what a process must run first, the error of its writes) where little fits into `folder`: a
+    file system of 2 MB that is all but full or, where this user may not mount one, a limit on the
+    size of files."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this user may not mount a file system; see the limit on file sizes")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        yield limit_files, "too large"
+        return
+    try:
+        yield None, "No space left"
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_full_disk_while_saving(cache, whole, small_disk):
-    workdir, ballast = small_disk / "run", small_disk / "ballast"
-    shutil.copytree(whole, workdir)
-    forget_after(workdir, 30)
-    with ballast.open("wb") as file:
-        file.write(bytes(shutil.disk_usage(small_disk).free - 60_000))
-    (output,) = finish([start(cache, "tiny", workdir)], status=1)
-    expected = f"error: a checkpoint could not be written to {workdir}/checkpoints: .*No space left"
-    assert re.match(expected, output.splitlines()[-1]), output
-    ballast.unlink()
-    output = launch(1, cache, "tiny", workdir)
-    assert steps_continued([output]) == [30]
-    assert lines(workdir) == lines(whole)
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def test_full_disk_while_saving(cache, whole, tmp_path):
+    with little_space(tmp_path) as (first, error):
+        workdir, ballast = tmp_path / "run", tmp_path / "ballast"
+        shutil.copytree(whole, workdir)
+        forget_after(workdir, 30)
+        if first is None:
+            ballast.write_bytes(bytes(shutil.disk_usage(tmp_path).free - 60_000))
+        (output,) = finish([start(cache, "tiny", workdir, preexec_fn=first)], status=1)
+        line = f"error: a checkpoint could not be written to {workdir}/checkpoints: .*{error}"
+        assert re.match(line, output.splitlines()[-1]), output
+        ballast.unlink(missing_ok=True)
+        output = launch(1, cache, "tiny", workdir)
+        assert steps_continued([output]) == [30]
+        assert lines(workdir) == lines(whole)
 
 
 def test_files_that_may_not_grow_while_saving(cache, whole, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-
     workdir = tmp_path / "full"
     shutil.copytree(whole, workdir)
     forget_after(workdir, 30)
-    process = start(cache, "tiny", workdir, preexec_fn=limit)
+    process = start(cache, "tiny", workdir, preexec_fn=limit_files)
     (output,) = finish([process], status=1)
     expected = f"error: a checkpoint could not be written to {workdir}/checkpoints: .*too large"
     assert re.fullmatch(expected, output.splitlines()[-1])
