@@ -1,6 +1,6 @@
 """What can be decoded: prefill over prompts, then one token per row and step."""
 
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -70,7 +70,7 @@ class OverTransformer:
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 
-    def prepare(self) -> Self:
+    def prepare(self) -> "OverTransformer":
         """As Decoder.prepare."""
         if self.weights is not None:
             return self
