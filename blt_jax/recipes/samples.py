@@ -13,7 +13,7 @@ from blt_jax.decoding.sampling import SamplingConfig, generate
 from blt_jax.train.pretraining import Context
 
 
-def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Ids [B, T] right-padded with 0, and lengths [B]."""
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
