@@ -9,6 +9,7 @@ from blt_jax.dist.mesh import platform
 from blt_jax.layers.block_attention import block_attention
 from blt_jax.layers.masks import NEGATIVE, causal_mask
 from blt_jax.layers.prefix import Prefix
+from blt_jax.layers.reductions import drop_unit_axes
 from blt_jax.layers.tpu_attention import splash_attention
 
 MAX_DENSE = 128
@@ -44,7 +45,8 @@ def masked_attention(
     if sink is not None:
         sink_BGRT1 = jnp.broadcast_to(sink.reshape(1, G, H // G, 1, 1), (*scores.shape[:4], 1))
         scores = jnp.concatenate([scores, sink_BGRT1], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]]
+    weights = jax.nn.softmax(drop_unit_axes(scores), axis=-1).reshape(scores.shape)
+    weights = weights[..., : k.shape[1]]
     weights = jnp.where(mask[:, None, None], weights, 0.0).astype(v.dtype)
     return jnp.einsum("bgrts,bsgj->btgrj", weights, v).reshape(B, T, H, -1)
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from blt_jax.layers.masks import NEGATIVE
 from blt_jax.layers.prefix import Prefix, join_softmax
+from blt_jax.layers.reductions import inner
 
 WINDOW_BLOCK = 128
 """Queries per block in a window. At window 512, 64 and 256 were slower (width 32, CPU)."""
@@ -147,7 +148,7 @@ def _attention_backward(plan, scale, residuals, cotangents):
     g, g_lse_BGRT = cotangents
     inputs, g = lax.optimization_barrier((inputs, g))
     B, G, R, T, K = inputs.q_BGRTK.shape
-    mean_BTH = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    mean_BTH = inner(g.astype(jnp.float32), out.astype(jnp.float32))
     cotangent = _Cotangent(
         jnp.transpose(g.reshape(B, T, G, R, g.shape[3]), (0, 2, 3, 1, 4)),
         jnp.transpose(mean_BTH.reshape(B, T, G, R), (0, 2, 3, 1)) - g_lse_BGRT,

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from blt_jax.layers.reductions import inner
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float):
@@ -32,8 +34,12 @@ def _backward(eps, residuals, g):
     unit = x.astype(jnp.float32) * inverse_rms
     d_weight = jnp.sum(g32 * unit, axis=tuple(range(x.ndim - 1)))
     d_unit = g32 * _as_row(weight, x).astype(jnp.float32)
-    d_x = inverse_rms * (d_unit - unit * jnp.mean(d_unit * unit, axis=-1, keepdims=True))
+    d_x = inverse_rms * (d_unit - unit * _mean_product(d_unit, unit))
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+def _mean_product(x, y):
+    return inner(x, y)[..., None] / x.shape[-1]
 
 
 def _as_row(weight, x):
@@ -82,7 +88,7 @@ def _layer_backward(eps, residuals, g):
     rows = tuple(range(x.ndim - 1))
     d_unit = g32 * _as_row(weight, g32)
     d_x = d_unit - jnp.mean(d_unit, axis=-1, keepdims=True)
-    d_x = scale * (d_x - unit * jnp.mean(d_unit * unit, axis=-1, keepdims=True))
+    d_x = scale * (d_x - unit * _mean_product(d_unit, unit))
     d_weight, d_bias = jnp.sum(g32 * unit, axis=rows), jnp.sum(g32, axis=rows)
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype), d_bias.astype(weight.dtype)
 

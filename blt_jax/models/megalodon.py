@@ -88,12 +88,12 @@ def normalised_queries_keys(
     config: MegalodonConfig, w: dict[str, Any], x: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
     """Queries and keys from one shared vector per head, of length 1 before their gains."""
-    z_BTHK = (project(x, w["z_kernel"]) + _bias(w["z_bias"], x.dtype)).astype(jnp.float32)
+    z_BTHK = (project(x, w["z_kernel"]) + _along_rows(w["z_bias"], x)).astype(jnp.float32)
     z_BTHK *= lax.rsqrt(jnp.mean(jnp.square(z_BTHK), axis=-1, keepdims=True) + config.norm_eps)
     gain = (w["qk_gain"] + 1.0) * config.head_dim**-0.5
 
     def affine(i):
-        y = z_BTHK * gain[i][None, None] + w["qk_offset"][i][None, None]
+        y = z_BTHK * _along_rows(gain[i], z_BTHK) + _along_rows(w["qk_offset"][i], z_BTHK)
         return checkpoint_name(y.astype(x.dtype), "qkv")
 
     return affine(0), affine(1)
@@ -195,8 +195,9 @@ class LayerState:
     norm: Any
 
 
-def _bias(bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return bias.astype(dtype)[None, None]
+def _along_rows(w: jax.Array, x: Float[Array, "B T ..."]) -> jax.Array:
+    """w [...] for every token of x, in the type of x; its gradient is one sum over all tokens."""
+    return jnp.broadcast_to(w.astype(x.dtype), (*x.shape[:2], *w.shape))
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array | None, number: int) -> jax.Array:
@@ -247,21 +248,21 @@ def block(
             backward = ema_coefficients(config, _backward_names(w))
             averaged += average(normed[:, ::-1], backward, None, None)[0][:, ::-1]
         if config.ema is EmaKind.COMPLEX:
-            averaged += normed * _bias(w["ema_omega"], x.dtype)
+            averaged += normed * _along_rows(w["ema_omega"], x)
     mixed = rms_norm(averaged, w["ema_norm_weight"] + 1.0, eps)
     mixed = dropped(mixed, config.hidden_dropout, key, 0)
     with jax.named_scope("attention"):
         q, k = normalised_queries_keys(config, w, mixed)
         q, k = (rotate(each, rope, config.rope.layout) for each in (q, k))
-        v = jax.nn.silu(project(normed, w["value_kernel"]) + _bias(w["value_bias"], x.dtype))
+        v = jax.nn.silu(project(normed, w["value_kernel"]) + _along_rows(w["value_bias"], x))
         v = checkpoint_name(v, "qkv")
         seen, kept = attend(q, k, v)
-        gate = jax.nn.silu(project(mixed, w["gate_kernel"]) + _bias(w["gate_bias"], x.dtype))
+        gate = jax.nn.silu(project(mixed, w["gate_kernel"]) + _along_rows(w["gate_bias"], x))
         seen = dropped(seen * gate, config.hidden_dropout, key, 1)
-        h = project(mixed, w["hidden_kernel"]) + _bias(w["hidden_bias"], x.dtype)
+        h = project(mixed, w["hidden_kernel"]) + _along_rows(w["hidden_bias"], x)
         h += project(seen, w["out_kernel"], num_input_axes=2)
         if config.gate is GateKind.MEGA:
-            update = project(mixed, w["update_kernel"]) + _bias(w["update_bias"], x.dtype)
+            update = project(mixed, w["update_kernel"]) + _along_rows(w["update_bias"], x)
             y = x + jax.nn.sigmoid(update) * (dropped(jax.nn.silu(h), config.dropout, key, 2) - x)
         else:
             y = x + dropped(h, config.dropout, key, 2)
@@ -269,7 +270,7 @@ def block(
         h = layer_norm(y, w["mlp_norm_weight"] + 1.0, w["mlp_norm_bias"], eps)
         h = dropped(_mlp(config, sharding, w, h, key), config.dropout, key, 4)
         if config.rescale_mlp:
-            h *= _bias(w["mlp_scale"], x.dtype)
+            h *= _along_rows(w["mlp_scale"], x)
     # Two hops: the stream gets the block's input, the attention only through the MLP.
     x = checkpoint_name(x + h, "block_out")
     x = constrain(x, ("batch", "length", "embed_act"), sharding)

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules, axes_of, shard_by_names
+from blt_jax.layers.reductions import short_sums
 from blt_jax.layers.segments import document_positions, index_of_last, segment_starts
 from blt_jax.models.megalodon_config import EmaKind, MegalodonConfig, ScanForm
 from pallas_kernels import cema_scan
@@ -321,8 +322,8 @@ def _timestep_norm(x, affine, start, fresh, documents, config):
 @jax.custom_vjp
 def token_moments(x: Float[Array, "B T G D"]):
     """Mean and population variance within every group of one token, [B, T, G]."""
-    mean = jnp.mean(x, axis=-1)
-    return mean, jnp.mean(jnp.square(x - mean[..., None]), axis=-1)
+    mean = short_sums(x) / x.shape[-1]
+    return mean, short_sums(jnp.square(x - mean[..., None])) / x.shape[-1]
 
 
 def _moments_forward(x):
@@ -360,7 +361,7 @@ def _normalised_backward(residuals, g):
     d_x = d_unit * scale[..., None]
     d_weight = jnp.sum(g * centred * scale[..., None], axis=(0, 1)).reshape(-1)
     d_bias = jnp.sum(g, axis=(0, 1)).reshape(-1)
-    return d_x, -jnp.sum(d_x, axis=-1), jnp.sum(d_unit * centred, axis=-1), d_weight, d_bias
+    return d_x, -short_sums(d_x), short_sums(d_unit * centred), d_weight, d_bias
 
 
 normalised.defvjp(_normalised_forward, _normalised_backward)
