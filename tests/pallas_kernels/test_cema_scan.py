@@ -400,28 +400,29 @@ def gradients_of(implementation):
 
 
 DEVICE = {shape.name: shape for shape in DEVICE_SHAPES}
-every_compile = [("v5p", name) for name in DEVICE] + [
-    (chip, name)
+every_compile = [("v5p", shape) for shape in SHAPES + DEVICE_SHAPES] + [
+    (chip, DEVICE[name])
     for chip in ("v5e", "v6e")
     for name in ("megalodon_7b", "megalodon_7b_packed", "odd_sizes")
 ]
 
 
-@pytest.mark.parametrize(("chip", "name"), every_compile)
-def test_tpu_compile(chip, name):
+@pytest.mark.parametrize(
+    ("chip", "shape"), every_compile, ids=[f"{chip}-{s.name}" for chip, s in every_compile]
+)
+def test_tpu_compile(chip, shape):
     compiled = evidence.compile_for_tpu(
-        gradients_of("tpu"), structs_of(DEVICE[name]), evidence.TOPOLOGIES[chip]
+        gradients_of("tpu"), structs_of(shape), evidence.TOPOLOGIES[chip]
     )
     text = compiled.as_text()
     assert "cema_scan_forward" in text and "cema_scan_backward" in text
 
 
-@pytest.mark.parametrize("name", list(DEVICE))
-def test_cuda_lowering(name):
+@pytest.mark.parametrize("shape", SHAPES + DEVICE_SHAPES, ids=lambda shape: shape.name)
+def test_cuda_lowering(shape):
     """One kernel where a call is a single segment of time, two where phases are needed."""
-    found = evidence.lower_for_cuda(gradients_of("gpu"), structs_of(DEVICE[name]))
-    single = DEVICE[name].length <= gpu.SEGMENT
-    assert len(found.kernels) == (3 if single else 4)
+    found = evidence.lower_for_cuda(gradients_of("gpu"), structs_of(shape))
+    assert len(found.kernels) == (3 if shape.length <= gpu.SEGMENT else 4)
 
 
 @pytest.mark.parametrize("name", ["blocks", "resets"])
