@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from pallas_kernels import evidence
+from pallas_kernels import evidence, gpu_evidence
 from pallas_kernels.grouped_matmul.shapes import MODEL_SHAPES, SHAPES, draw_sizes
 
 PRODUCTS = ("forward", "d_lhs", "d_rhs")
@@ -111,6 +111,46 @@ def test_lowers_for_cuda(shape):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_fused_swiglu_lowers_for_cuda(dtype):
     assert len(evidence.lower_for_cuda(*swiglu(256, 96, 80, 4, "gpu", dtype)).kernels) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=lambda shape: shape.name)
+def test_shared_memory(shape, dtype):
+    """Within the smallest card's."""
+    function, arguments = forward_and_backward(shape, "gpu", dtype)
+    bounds = gpu_evidence.shared_memory_bounds(function, *arguments)
+    assert len(bounds) == 3 and max(bounds) <= min(gpu_evidence.SHARED_MEMORY.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_shared_memory_of_fused_swiglu(dtype):
+    function, arguments = swiglu(8192, 4096, 14336, 8, "gpu", dtype)
+    (bound,) = gpu_evidence.shared_memory_bounds(function, *arguments)
+    assert bound <= min(gpu_evidence.SHARED_MEMORY.values())
+
+
+def test_shared_memory_of_too_large_tiles():
+    shape = BY_NAME["moma_1b4"]
+    (lhs, rhs, sizes) = product_of(shape, "forward", "gpu")[1]
+
+    def wide(lhs, rhs, sizes):
+        tiling = (256, 128, 128)
+        return pallas_kernels.gmm(lhs, rhs, sizes, tiling=tiling, implementation="gpu")
+
+    (bound,) = gpu_evidence.shared_memory_bounds(wide, lhs, rhs, sizes)
+    assert gpu_evidence.SHARED_MEMORY["8.0"] < bound < gpu_evidence.SHARED_MEMORY["9.0"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "shape"),
+    [("9.0", shape) for shape in SHAPES + MODEL_SHAPES]
+    + [(capability, BY_NAME["moma_1b4"]) for capability in gpu_evidence.SHARED_MEMORY],
+    ids=lambda x: getattr(x, "name", x),
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gpu_compile(gpu_compiler, capability, shape, dtype):
+    kernels = gpu_evidence.compile_for_gpu(*forward_and_backward(shape, "gpu", dtype), capability)
+    assert len(kernels) == 3 and all(kernel.fits for kernel in kernels)
 
 
 @model_shapes
