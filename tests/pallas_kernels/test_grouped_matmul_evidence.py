@@ -5,11 +5,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import pallas_kernels
 from pallas_kernels import evidence, gpu_evidence
-from pallas_kernels.grouped_matmul.shapes import MODEL_SHAPES, SHAPES, draw_sizes
+from pallas_kernels.grouped_matmul.shapes import MODEL_SHAPES, SHAPES, Sizes, draw_sizes
 
 PRODUCTS = ("forward", "d_lhs", "d_rhs")
 BY_NAME = {shape.name: shape for shape in MODEL_SHAPES}
@@ -163,6 +164,41 @@ def test_bytes(shape, product):
     assert call.declared == call.total
     ratio = call.total / evidence.ideal_bytes(run, first, second, sizes)
     assert 1 <= ratio <= EXCEPTIONS.get((shape.name, product), 1.3)
+
+
+def rows_multiplied(sizes, tile, part):
+    """A tile of one group whole, of a shared tile the parts that hold rows of the group."""
+    total, ends = 0, np.cumsum(sizes)
+    for low, high in zip(ends - sizes, ends, strict=True):
+        for start in range(low // tile * tile, high if high > low else 0, tile):
+            first, behind = max(low, start), min(high, start + tile)
+            whole = behind - first == tile
+            total += tile if whole else (-(-behind // part) - first // part) * part
+    return total
+
+
+@pytest.mark.parametrize("kind", Sizes)
+@pytest.mark.parametrize("product", ["forward", "d_lhs"])
+def test_boundaries_cost_parts_of_tiles(product, kind):
+    """The columns of MoMa's products divide into whole tiles: nothing else is added."""
+    shape = BY_NAME["moma_1b4"]
+    run, (first, second, _) = product_of(shape, product, "tpu")
+    sizes = draw_sizes(kind, shape.m, shape.groups)
+    (flops,) = evidence.kernel_flops(run, first, second, jnp.asarray(sizes))
+    rows = rows_multiplied(sizes, 256, 128)
+    assert flops == 2 * rows * shape.k * shape.n
+    assert rows <= shape.m + 128 * (shape.groups - 1)
+
+
+@pytest.mark.parametrize("name", ["moma_1b4", "mixtral_8x7b"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_flops(name, product):
+    """Parts at boundaries and incomplete tiles of columns add less than 15 %."""
+    shape = BY_NAME[name]
+    run, (first, second, _) = product_of(shape, product, "tpu")
+    sizes = jnp.asarray(draw_sizes(Sizes.ZIPF, shape.m, shape.groups))
+    (flops,) = evidence.kernel_flops(run, first, second, sizes)
+    assert 1 <= flops / (2 * shape.m * shape.k * shape.n) <= 1.15
 
 
 def test_empty_groups_cost_no_bytes():
