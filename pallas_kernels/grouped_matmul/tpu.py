@@ -165,7 +165,11 @@ def _gmm_kernel(bounds, groups, row_tiles, weights, lhs, *refs, num_groups, widt
         def _():
             store(at, scratch[0][at], whole)
 
-    _for_rows_of_the_group(multiply, local, low, high, out.shape[0])
+    rows = out.shape[0]
+    if tiling_lib.part_rows(rows) < rows:
+        _for_rows_of_the_group(multiply, local, low, high, rows)
+    else:  # a second copy of the product would only save the mask
+        pl.when(local)(lambda: multiply(pl.ds(0, rows), False))
 
 
 def _for_rows_of_the_group(multiply, wanted, low, high, rows: int) -> None:

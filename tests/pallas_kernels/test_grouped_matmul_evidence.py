@@ -1,20 +1,19 @@
-"""What can be shown about the device kernels without their devices: compiles, lowering, bytes."""
+"""Counts of the TPU kernels, and what the Triton kernels need of a GPU, without either."""
 
-import functools
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_calls import MODEL_SHAPE, forward_and_backward, product_of, swiglu
 
 import pallas_kernels
 from pallas_kernels import evidence, gpu_evidence
 from pallas_kernels.grouped_matmul.shapes import MODEL_SHAPES, SHAPES, Sizes, draw_sizes
 
 PRODUCTS = ("forward", "d_lhs", "d_rhs")
-BY_NAME = {shape.name: shape for shape in MODEL_SHAPES}
-model_shapes = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=list(BY_NAME))
+model_shapes = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=list(MODEL_SHAPE))
 
 # Bytes over the ideal where they exceed 1.3 times it. With 1024 rows per group the arithmetic of
 # Mixtral's products takes 2.1 ms of a v5p (9.6e11 operations at 459 TF/s); even the largest of
@@ -23,84 +22,10 @@ model_shapes = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=list(BY_NAME))
 EXCEPTIONS = {("mixtral_8x7b", "d_lhs"): 1.6, ("mixtral_8x7b", "d_rhs"): 1.45}
 
 
-def product_of(shape, product, implementation, dtype=jnp.bfloat16):
-    """A function of two arrays and the sizes, and its arguments with the sizes unknown."""
-    lhs = jax.ShapeDtypeStruct((shape.m, shape.k), dtype)
-    rhs = jax.ShapeDtypeStruct((shape.local_groups, shape.k, shape.n), dtype)
-    dout = jax.ShapeDtypeStruct((shape.m, shape.n), dtype)
-    sizes = jax.ShapeDtypeStruct((shape.groups,), jnp.int32)
-    gmm = functools.partial(pallas_kernels.gmm, implementation=implementation)
-    tgmm = functools.partial(pallas_kernels.tgmm, implementation=implementation)
-
-    def metadata(sizes):
-        return pallas_kernels.make_group_metadata(
-            sizes,
-            shape.m,
-            group_offset=shape.offset if shape.local else None,
-            num_local_groups=shape.local_groups,
-        )
-
-    return {
-        "forward": (lambda x, w, s: gmm(x, w, metadata(s)), (lhs, rhs, sizes)),
-        "d_lhs": (lambda g, w, s: gmm(g, w, metadata(s), transpose_rhs=True), (dout, rhs, sizes)),
-        "d_rhs": (lambda x, g, s: tgmm(x, g, metadata(s)), (lhs, dout, sizes)),
-    }[product]
-
-
-def forward_and_backward(shape, implementation, dtype=jnp.bfloat16):
-    """gmm and both gradients in one program, as training compiles them."""
-    run, (lhs, rhs, sizes) = product_of(shape, "forward", implementation, dtype)
-    dout = jax.ShapeDtypeStruct((shape.m, shape.n), dtype)
-
-    def all_three(lhs, rhs, dout, sizes):
-        out, vjp = jax.vjp(lambda lhs, rhs: run(lhs, rhs, sizes), lhs, rhs)
-        return out, vjp(dout)
-
-    return all_three, (lhs, rhs, dout, sizes)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _no_promotion_checks():
     with jax.numpy_rank_promotion("allow"):
         yield
-
-
-@pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=lambda shape: shape.name)
-def test_compiles_for_tpu_v5p(shape):
-    compiled = evidence.compile_for_tpu(*forward_and_backward(shape, "tpu"))
-    assert compiled.cost_analysis()["flops"] > 0
-
-
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("name", ["moma_1b4", "mixtral_8x7b_decode", "fine_grained"])
-def test_compiles_for_other_tpus(chip, name):
-    arguments = forward_and_backward(BY_NAME[name], "tpu")
-    compiled = evidence.compile_for_tpu(*arguments, evidence.TOPOLOGIES[chip])
-    assert compiled.cost_analysis()["flops"] > 0
-
-
-def test_default_compiles_to_the_kernels_on_tpu():
-    text = evidence.compile_for_tpu(*forward_and_backward(SHAPES[0], None)).as_text()
-    assert text.count("tpu_custom_call") >= 3
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_fused_swiglu_compiles_for_tpu(dtype):
-    run, arguments = swiglu(2048, 1024, 2048, 4, "tpu", dtype)
-    evidence.compile_for_tpu(run, arguments)
-    sizes = jnp.asarray(draw_sizes(BY_NAME["moma_1b4"].sizes, 2048, 4))
-    (call,) = evidence.kernel_traffic(run, *arguments[:2], sizes)
-    assert call.declared == call.total
-
-
-def swiglu(m, k, n, groups, implementation, dtype):
-    def run(lhs, rhs, sizes):
-        return pallas_kernels.gmm(
-            lhs, rhs, sizes, activation="swiglu", implementation=implementation
-        )
-
-    shapes = ((m, k), dtype), ((groups, k, 2 * n), dtype), ((groups,), jnp.int32)
-    return run, tuple(jax.ShapeDtypeStruct(*x) for x in shapes)
 
 
 @pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=lambda shape: shape.name)
@@ -131,7 +56,7 @@ def test_shared_memory_of_fused_swiglu(dtype):
 
 
 def test_shared_memory_of_too_large_tiles():
-    shape = BY_NAME["moma_1b4"]
+    shape = MODEL_SHAPE["moma_1b4"]
     (lhs, rhs, sizes) = product_of(shape, "forward", "gpu")[1]
 
     def wide(lhs, rhs, sizes):
@@ -145,7 +70,7 @@ def test_shared_memory_of_too_large_tiles():
 @pytest.mark.parametrize(
     ("capability", "shape"),
     [("9.0", shape) for shape in SHAPES + MODEL_SHAPES]
-    + [(capability, BY_NAME["moma_1b4"]) for capability in gpu_evidence.SHARED_MEMORY],
+    + [(capability, MODEL_SHAPE["moma_1b4"]) for capability in gpu_evidence.SHARED_MEMORY],
     ids=lambda x: getattr(x, "name", x),
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -181,7 +106,7 @@ def rows_multiplied(sizes, tile, part):
 @pytest.mark.parametrize("product", ["forward", "d_lhs"])
 def test_boundaries_cost_parts_of_tiles(product, kind):
     """The columns of MoMa's products divide into whole tiles: nothing else is added."""
-    shape = BY_NAME["moma_1b4"]
+    shape = MODEL_SHAPE["moma_1b4"]
     run, (first, second, _) = product_of(shape, product, "tpu")
     sizes = draw_sizes(kind, shape.m, shape.groups)
     (flops,) = evidence.kernel_flops(run, first, second, jnp.asarray(sizes))
@@ -194,7 +119,7 @@ def test_boundaries_cost_parts_of_tiles(product, kind):
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_flops(name, product):
     """Parts at boundaries and incomplete tiles of columns add less than 15 %."""
-    shape = BY_NAME[name]
+    shape = MODEL_SHAPE[name]
     run, (first, second, _) = product_of(shape, product, "tpu")
     sizes = jnp.asarray(draw_sizes(Sizes.ZIPF, shape.m, shape.groups))
     (flops,) = evidence.kernel_flops(run, first, second, sizes)
@@ -202,7 +127,7 @@ def test_flops(name, product):
 
 
 def test_empty_groups_cost_no_bytes():
-    shape = BY_NAME["mixtral_8x7b_decode"]
+    shape = MODEL_SHAPE["mixtral_8x7b_decode"]
     run, (lhs, rhs, _) = product_of(shape, "forward", "tpu")
     full, half = (
         evidence.bytes_moved(run, lhs, rhs, jnp.asarray(sizes, jnp.int32))
