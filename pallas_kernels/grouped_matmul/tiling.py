@@ -53,7 +53,7 @@ class Problem:
 def part_rows(rows: int) -> int:
     """Rows of the parts in which a tile that groups share is multiplied.
 
-    Matrix units are as slow for fewer than 128 rows; there are at most 8 parts.
+    Fewer than 128 would pass faster than a matrix unit loads its weights. At most 8 parts.
     """
     sizes = range(LANES, rows, LANES)
     return next((size for size in sizes if rows % size == 0 and rows <= 8 * size), rows)

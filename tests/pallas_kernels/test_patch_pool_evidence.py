@@ -108,7 +108,8 @@ def test_shared_memory(shape):
 
 @pytest.mark.parametrize(
     ("capability", "shape"),
-    [("9.0", shape) for shape in ALL_SHAPES] + [("8.0", shape) for shape in TRAINING_SHAPES],
+    [("9.0", shape) for shape in SHAPES]
+    + [(capability, s) for capability in gpu_evidence.SHARED_MEMORY for s in TRAINING_SHAPES],
     ids=lambda x: getattr(x, "name", x),
 )
 def test_gpu_compile(gpu_compiler, capability, shape):
