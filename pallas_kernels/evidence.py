@@ -3,8 +3,9 @@
 `compile_for_tpu` runs the real TPU compiler (package libtpu) for a topology that is not there.
 `lower_for_cuda` stops before PTX: it proves that Pallas lowers, not that the code runs or is fast.
 `kernel_traffic` counts what the pipeline of a TPU `pallas_call` copies between HBM and the core,
-by walking its grid and block index maps; XLA's cost analysis only repeats the `cost_estimate` that
-the kernel's author declared. Nothing here measures time.
+by walking its grid and block index maps, `kernel_flops` the matrix products that its branches and
+loops run; XLA's cost analysis only repeats the `cost_estimate` that the kernel's author declared.
+Nothing here measures time. `gpu_evidence.py` has what Triton kernels need.
 """
 
 import dataclasses
@@ -125,6 +126,16 @@ def ideal_bytes(function: Callable[..., Any], *args: Any) -> int:
     return sum(_nbytes(np.shape(x), jnp.result_type(x)) for x in leaves)
 
 
+def kernel_flops(function: Callable[..., Any], *args: Any) -> list[int]:
+    """Floating-point operations of the matrix products of every TPU kernel in function(*args).
+
+    Walks the grid as `kernel_traffic` does, on the same conditions, and inside the kernel follows
+    branches and loops by the scalar-prefetch operands. Products are counted on whole blocks, parts
+    beyond the arrays included. Raises ValueError when a branch with a product is undecided.
+    """
+    return _measured(_kernel_flops, function, args)
+
+
 def kernel_traffic(function: Callable[..., Any], *args: Any) -> list[KernelTraffic]:
     """Walks the grid of every TPU `pallas_call` in function(*args), in the order of execution.
 
@@ -135,6 +146,10 @@ def kernel_traffic(function: Callable[..., Any], *args: Any) -> list[KernelTraff
     Raises ValueError when such a value is unknown, NotImplementedError for operands left in HBM
     (memory space ANY, copied by the kernel itself) and for GPU kernels.
     """
+    return _measured(_traffic, function, args)
+
+
+def _measured(measure, function, args) -> list:
     flat, tree = jax.tree.flatten(args)
 
     def flat_function(*leaves):
@@ -142,11 +157,14 @@ def kernel_traffic(function: Callable[..., Any], *args: Any) -> list[KernelTraff
 
     jaxpr = jax.make_jaxpr(flat_function)(*flat)
     known = [None if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for x in flat]
-    return list(_walk(jaxpr.jaxpr, jaxpr.consts, known, []))
+    return list(_walk(jaxpr.jaxpr, jaxpr.consts, known, [], measure))
 
 
-def _walk(jaxpr, consts, args, results: list) -> Iterator[KernelTraffic]:
-    """Evaluates what concrete values allow (None is unknown); appends the outputs to `results`."""
+def _walk(jaxpr, consts, args, results: list, measure) -> Iterator[Any]:
+    """Evaluates what concrete values allow (None is unknown); appends the outputs to `results`.
+
+    Yields measure(operands, **parameters) of every `pallas_call`.
+    """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(atom):
@@ -155,16 +173,16 @@ def _walk(jaxpr, consts, args, results: list) -> Iterator[KernelTraffic]:
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
         outputs: list = []
-        yield from _walk_equation(equation, operands, outputs)
+        yield from _walk_equation(equation, operands, outputs, measure)
         values.update(zip(equation.outvars, outputs, strict=True))
     results.extend(read(atom) for atom in jaxpr.outvars)
 
 
-def _walk_equation(equation, operands, outputs: list) -> Iterator[KernelTraffic]:
+def _walk_equation(equation, operands, outputs: list, measure) -> Iterator[Any]:
     name = equation.primitive.name
     unknown = [None] * len(equation.outvars)
     if name == "pallas_call":
-        yield _traffic(operands, **equation.params)
+        yield measure(operands, **equation.params)
         outputs.extend(unknown)
         return
     inner = list(jax.extend.core.jaxprs_in_params(equation.params))
@@ -179,11 +197,11 @@ def _walk_equation(equation, operands, outputs: list) -> Iterator[KernelTraffic]
         body, length = equation.params["jaxpr"], equation.params["length"]
         num_consts = equation.params["num_consts"]
         known = operands[:num_consts] + [None] * (len(operands) - num_consts)
-        yield from list(_walk(body.jaxpr, body.consts, known, [])) * length
+        yield from list(_walk(body.jaxpr, body.consts, known, [], measure)) * length
         outputs.extend(unknown)
         return
     body = _called(equation)
-    yield from _walk(body.jaxpr, body.consts, operands, outputs)
+    yield from _walk(body.jaxpr, body.consts, operands, outputs, measure)
 
 
 def _called(equation):
@@ -203,7 +221,8 @@ def _has_kernel(jaxpr) -> bool:
     )
 
 
-def _traffic(operands, *, grid_mapping, compiler_params, cost_estimate, name, **_):
+def _grid(operands, grid_mapping, compiler_params, name):
+    """The sizes of the grid and the scalar-prefetch operands."""
     if compiler_params is not None and "mosaic." not in type(compiler_params).__module__:
         raise NotImplementedError(f"{name}: only TPU kernels have a pipeline that can be walked")
     bounds = operands[: grid_mapping.num_dynamic_grid_bounds]
@@ -216,6 +235,11 @@ def _traffic(operands, *, grid_mapping, compiler_params, cost_estimate, name, **
         )
     sizes = iter(bounds)
     grid = tuple(int(n) if isinstance(n, int) else int(next(sizes)) for n in grid_mapping.grid)
+    return grid, prefetched
+
+
+def _traffic(operands, *, grid_mapping, compiler_params, cost_estimate, name, **_):
+    grid, prefetched = _grid(operands, grid_mapping, compiler_params, name)
     blocks = grid_mapping.block_mappings
     for block in blocks:
         space = str(block.transformed_block_aval.memory_space).lower()
@@ -259,3 +283,89 @@ def _block_starts(blocks, grid, prefetched) -> list[np.ndarray]:
 
 def _nbytes(shape, dtype) -> int:
     return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+# Floating-point operations.
+
+
+def _kernel_flops(operands, *, jaxpr, grid_mapping, compiler_params, name, **_) -> int:
+    grid, prefetched = _grid(operands, grid_mapping, compiler_params, name)
+    known = [np.asarray(x) for x in prefetched]
+    refs = known + [None] * (len(jaxpr.invars) - len(known))
+    return sum(_flops_of_step(jaxpr, (), refs, step, grid)[0] for step in np.ndindex(grid))
+
+
+def _flops_of_step(jaxpr, consts, args, step, grid) -> tuple[int, list]:
+    """Operations and results of a kernel's jaxpr at one grid step; None is unknown."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+
+    total = 0
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        flops, outputs = _flops_of_equation(equation, operands, step, grid)
+        total += flops
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return total, [read(atom) for atom in jaxpr.outvars]
+
+
+def _flops_of_equation(equation, operands, step, grid) -> tuple[int, list]:
+    name, params = equation.primitive.name, equation.params
+    unknown = [None] * len(equation.outvars)
+    if name == "program_id":
+        return 0, [np.int32(step[params["axis"]])]
+    if name == "num_programs":
+        return 0, [np.int32(grid[params["axis"]])]
+    if name == "get":
+        ref, *index = operands
+        scalar = ref is not None and len(index) == ref.ndim and None not in index
+        return 0, [ref[tuple(map(int, index))]] if scalar else unknown
+    if name == "dot_general":
+        ((contracted, _), _), left = params["dimension_numbers"], equation.invars[0].aval
+        depth = math.prod(left.shape[axis] for axis in contracted)
+        return 2 * depth * math.prod(equation.outvars[0].aval.shape), unknown
+    inner = list(jax.extend.core.jaxprs_in_params(params))
+    if not inner:
+        if None in operands or name in ("swap", "addupdate"):
+            return 0, unknown
+        found = equation.primitive.bind(*operands, **params)
+        return 0, list(found) if equation.primitive.multiple_results else [found]
+    if name == "while":
+        return _flops_of_loop(params, operands, step, grid)
+    if name == "cond":
+        if operands[0] is None:
+            if any(map(_has_product, inner)):
+                raise ValueError("a branch with a product depends on what is not known")
+            return 0, unknown
+        body = params["branches"][int(operands[0])]
+        return _flops_of_step(body.jaxpr, body.consts, operands[1:], step, grid)
+    body = _called(equation)
+    return _flops_of_step(body.jaxpr, body.consts, operands, step, grid)
+
+
+def _flops_of_loop(params, operands, step, grid) -> tuple[int, list]:
+    limits = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    of_condition, of_body = operands[: limits[0]], operands[limits[0] : limits[1]]
+    carry = operands[limits[1] :]
+    condition, body = params["cond_jaxpr"], params["body_jaxpr"]
+    total = 0
+    while True:
+        inputs = [*of_condition, *carry]
+        _, (more,) = _flops_of_step(condition.jaxpr, condition.consts, inputs, step, grid)
+        if more is None:
+            raise ValueError("how often a loop runs depends on what is not known")
+        if not more:
+            return total, list(carry)
+        inputs = [*of_body, *carry]
+        flops, carry = _flops_of_step(body.jaxpr, body.consts, inputs, step, grid)
+        total += flops
+
+
+def _has_product(jaxpr) -> bool:
+    return any(
+        equation.primitive.name == "dot_general"
+        or any(map(_has_product, jax.extend.core.jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
+    )

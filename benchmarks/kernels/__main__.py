@@ -3,7 +3,8 @@
     python -m benchmarks.kernels [name ...]
 
 Names are the modules of this folder; all of them when none is given. JAX picks the device: a GPU
-or TPU when one is there (JAX_PLATFORMS=cpu keeps to the CPU).
+or TPU when one is there (JAX_PLATFORMS=cpu keeps to the CPU). The exit status is 1 when `values`
+finds a wrong result.
 """
 
 import argparse
@@ -22,9 +23,14 @@ def main() -> None:
     for name in names:
         if name not in NAMES:
             parser.error(f"name {name!r} is unknown; allowed are {', '.join(NAMES)}")
+    wrong = 0
     for name in names or NAMES:
         module = importlib.import_module(f"benchmarks.kernels.{name}")
-        reporting.save(f"kernels_{name}", module.__doc__, module.rows())
+        rows = module.rows()
+        reporting.save(f"kernels_{name}", module.__doc__, rows)
+        wrong += sum(not row.get("ok", True) for row in rows)
+    if wrong:
+        parser.exit(1, f"{wrong} results are wrong: rows with ok = False\n")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ DEVICE_SHAPES = (
     Shape(name="odd_sizes", rows=3, length=1001, width=200, size=3, resets=(7,)),
     Shape(name="large_state", rows=2, length=512, width=512, size=32, resets=(7,)),
 )
-"""Shapes compiled for devices; the figures of the README are those of Megalodon-7B."""
+"""Shapes only compiled for devices; the figures of the README are those of Megalodon-7B."""
 
 
 @dataclasses.dataclass(frozen=True)

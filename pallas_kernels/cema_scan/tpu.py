@@ -31,6 +31,9 @@ VMEM_LIMIT = 64 * 2**20
 HISTORY_LIMIT = 24 * 2**20
 """Bytes of VMEM for the states inside a chunk."""
 
+MAX_SIZE = HISTORY_LIMIT // (8 * 128 * CHUNK)
+"""Numbers of state per channel that fit there with the narrowest tile."""
+
 
 def forward(
     x_BTD: jax.Array,
@@ -123,7 +126,7 @@ class _Plan:
             self.tile = min(128, self.width)
             if 8 * self.chunk * self.padded * self.tile > HISTORY_LIMIT:
                 raise NotImplementedError(
-                    f"cema_scan: the TPU kernel serves up to {HISTORY_LIMIT // (8 * 128 * CHUNK)} "
+                    f"cema_scan: the TPU kernel serves up to {MAX_SIZE} "
                     f"complex numbers of state per channel, here are {self.size}; use 'xla'"
                 )
 

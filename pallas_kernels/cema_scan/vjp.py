@@ -44,18 +44,28 @@ def _run(implementation, direction, x_BTD, *others, **options):
     """One direction of the named form, or for None of the form of the platform compiled for."""
     if implementation is not None:
         return _form(implementation, direction, options)(x_BTD, *others)
-    names = ("xla",) if x_BTD.dtype == jnp.float64 else ("xla", "tpu", "gpu")
+    size = others[0].decay_re.shape[1]
+    names = ["xla", *(name for name in ("tpu", "gpu") if _serves(name, x_BTD.dtype, size))]
     forms = {name: _form(name, direction, options) for name in names}
     return dispatch.by_platform(x_BTD, *others, **forms)
+
+
+def _serves(name, dtype, size) -> bool:
+    return dtype != jnp.float64 and size <= _kernels(name).MAX_SIZE
+
+
+def _kernels(name):
+    """The module of a kernel, imported when it is needed: Pallas takes time to load."""
+    if name == "gpu":
+        from pallas_kernels.cema_scan import gpu as kernels
+    else:
+        from pallas_kernels.cema_scan import tpu as kernels
+    return kernels
 
 
 def _form(name, direction, options):
     if name == "xla":
         return functools.partial(getattr(xla, direction), **options)
-    if name == "gpu":
-        from pallas_kernels.cema_scan import gpu
-
-        return functools.partial(getattr(gpu, direction), **options)
-    from pallas_kernels.cema_scan import tpu
-
-    return functools.partial(getattr(tpu, direction), **options, interpret=name == "interpret")
+    if name != "gpu":
+        options["interpret"] = name == "interpret"
+    return functools.partial(getattr(_kernels(name), direction), **options)

@@ -73,6 +73,8 @@ SHAPES = (
     Shape(name="offset", m=45, k=12, n=8, groups=6, sizes=(4, 9, 0, 13, 8, 5), local=(1, 3)),
     Shape(name="offset_tail", m=45, k=12, n=8, groups=4, sizes=(14, 9, 3, 8), local=(2, 2)),
     Shape(name="many_tiles", m=300, k=40, n=36, groups=3, sizes=Sizes.ZIPF),
+    # Tiles of 256 rows, shared by groups.
+    Shape(name="large_tiles", m=2060, k=24, n=20, groups=4, sizes=(300, 0, 1001, 700)),
 )
 
 

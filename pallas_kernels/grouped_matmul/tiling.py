@@ -50,6 +50,15 @@ class Problem:
         return rows + weights * weight_itemsize
 
 
+def part_rows(rows: int) -> int:
+    """Rows of the parts in which a tile that groups share is multiplied.
+
+    Fewer than 128 would pass faster than a matrix unit loads its weights. At most 8 parts.
+    """
+    sizes = range(LANES, rows, LANES)
+    return next((size for size in sizes if rows % size == 0 and rows <= 8 * size), rows)
+
+
 def gmm_tiles(problem: Problem) -> Tiles:
     """The tiles of `gmm` with the least traffic that fit."""
     fitting = [t for t in _gmm_candidates(problem) if _gmm_memory(problem, t) <= VMEM_BUDGET]

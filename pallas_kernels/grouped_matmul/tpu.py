@@ -125,53 +125,75 @@ def _gmm_kernel(bounds, groups, row_tiles, weights, lhs, *refs, num_groups, widt
     tiles_k = pl.cdiv(width, lhs.shape[1])
     rhs, (out, *scratch) = (refs[:-2], refs[-2:]) if tiles_k > 1 else (refs[:-1], refs[-1:])
     visit, k = pl.program_id(1), pl.program_id(2)
-    group, tile = groups[visit], row_tiles[visit]
+    group, begin = groups[visit], row_tiles[visit] * out.shape[0]
+    low, high = bounds[group] - begin, bounds[group + 1] - begin
     local = (group > 0) & (group <= num_groups)
 
-    def product(weight):
-        left, right = lhs[...], weight[...]
+    def product(at, weight):
+        left, right = lhs[at], weight[...]
         if width % lhs.shape[1]:
             left = _only_below(left, width - k * lhs.shape[1], 1)
             right = _only_below(right, width - k * lhs.shape[1], contract[1][0])
         return _dot(left, right, contract)
 
-    def store(total):
-        first = (visit == 0) | (row_tiles[jnp.maximum(visit - 1, 0)] != tile)
-        row = tile * out.shape[0] + lax.broadcasted_iota(jnp.int32, out.shape, 0)
-        own = (row >= bounds[group]) & (row < bounds[group + 1])
-
-        @pl.when(first)
-        def _():
-            out[...] = jnp.where(own, total, 0.0).astype(out.dtype)
-
-        @pl.when(jnp.logical_not(first))
-        def _():
-            out[...] = jnp.where(own, total, out[...].astype(jnp.float32)).astype(out.dtype)
+    def store(at, total, whole):
+        # Rows of other groups keep what they hold: their own visits write them.
+        if not whole:
+            row = at.start + lax.broadcasted_iota(jnp.int32, total.shape, 0)
+            own = (row >= low) & (row < high)
+            total = jnp.where(own, total, out[at].astype(jnp.float32))
+        out[at] = total.astype(out.dtype)
 
     @pl.when((k == tiles_k - 1) & jnp.logical_not(local))
     def _():
-        store(jnp.zeros(out.shape, jnp.float32))
+        store(pl.ds(0, out.shape[0]), jnp.zeros(out.shape, jnp.float32), whole=False)
 
-    if tiles_k == 1:
+    def multiply(at, whole):
+        if tiles_k == 1:
+            first = product(at, rhs[0])
+            gated = len(rhs) == 2
+            store(at, jax.nn.silu(first) * product(at, rhs[1]) if gated else first, whole)
+            return
 
-        @pl.when(local)
+        @pl.when(k == 0)
         def _():
-            first = product(rhs[0])
-            store(first if len(rhs) == 1 else jax.nn.silu(first) * product(rhs[1]))
+            scratch[0][at] = jnp.zeros((at.size, out.shape[1]), jnp.float32)
 
-        return
+        scratch[0][at] += product(at, rhs[0])
 
-    @pl.when(local & (k == 0))
+        @pl.when(k == tiles_k - 1)
+        def _():
+            store(at, scratch[0][at], whole)
+
+    rows = out.shape[0]
+    if tiling_lib.part_rows(rows) < rows:
+        _for_rows_of_the_group(multiply, local, low, high, rows)
+    else:  # a second copy of the product would only save the mask
+        pl.when(local)(lambda: multiply(pl.ds(0, rows), False))
+
+
+def _for_rows_of_the_group(multiply, wanted, low, high, rows: int) -> None:
+    """multiply(rows, whole): a tile of one group at once, of a shared one only the parts it holds.
+
+    low, high: the group's first row and the row behind its last, counted from the tile's first.
+    """
+    whole = (low <= 0) & (high >= rows)
+
+    @pl.when(wanted & whole)
     def _():
-        scratch[0][...] = jnp.zeros_like(scratch[0])
+        multiply(pl.ds(0, rows), True)
 
-    @pl.when(local)
+    @pl.when(wanted & jnp.logical_not(whole))
     def _():
-        scratch[0][...] += product(rhs[0])
+        size = tiling_lib.part_rows(rows)
 
-    @pl.when(local & (k == tiles_k - 1))
-    def _():
-        store(scratch[0][...])
+        def part(i, _):
+            multiply(pl.ds(pl.multiple_of(i * size, size), size), False)
+
+        # `lax.div`: `//` asks for the sign, whose lowering asks for a device.
+        first = lax.div(jnp.maximum(low, 0), jnp.int32(size))
+        behind = lax.div(jnp.minimum(high, rows) + (size - 1), jnp.int32(size))
+        lax.fori_loop(first, behind, part, None)
 
 
 def _gmm_cost(problem, tiles, metadata, num_weights) -> pl.CostEstimate:
@@ -241,16 +263,14 @@ def _tgmm_kernel(bounds, groups, row_tiles, lhs, dout, out, total):
     def _():
         total[...] = jnp.zeros_like(total)
 
-    whole = (low <= 0) & (high >= lhs.shape[0])
-
-    @pl.when(whole)
-    def _():
-        total[...] += _dot(lhs[...], dout[...], ((0,), (0,)))
-
-    @pl.when(jnp.logical_not(whole) & (high > low))
-    def _():
-        own = [_only_rows(x[...], low, high) for x in (lhs, dout)]
+    def multiply(at, whole):
+        own = [
+            x[at] if whole else _only_rows(x[at], low - at.start, high - at.start)
+            for x in (lhs, dout)
+        ]
         total[...] += _dot(*own, ((0,), (0,)))
+
+    _for_rows_of_the_group(multiply, high > low, low, high, lhs.shape[0])
 
     @pl.when((update == last) | (groups[jnp.minimum(update + 1, last)] != group))
     def _():

@@ -41,7 +41,8 @@ def _call(kernel, grid, operands, results, lanes: int, interpret: bool):
         kernel,
         grid=grid,
         out_shape=results,
-        compiler_params=plgpu.CompilerParams(num_warps=max(1, min(8, lanes // 128))),
+        # With half as many the gradients of attention spill registers at four vectors per patch.
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, min(8, lanes // 64))),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=nbytes),
         interpret=interpret,
     )(*operands)

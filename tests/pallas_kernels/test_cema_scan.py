@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from pallas_kernels import evidence
-from pallas_kernels.cema_scan import gpu
+from pallas_kernels import evidence, gpu_evidence
+from pallas_kernels.cema_scan import gpu, tpu
 from pallas_kernels.cema_scan.reference import Coefficients
 from pallas_kernels.cema_scan.shapes import (
     DEVICE_SHAPES,
@@ -331,6 +331,11 @@ def test_default_is_the_portable_form():
     jax.tree.map(np.testing.assert_array_equal, run(arguments, None), run(arguments, "xla"))
 
 
+def test_default_serves_states_that_no_kernel_holds():
+    arguments = make_arguments(Shape(name="wide_state", length=3, width=2, size=tpu.MAX_SIZE + 1))
+    jax.tree.map(np.testing.assert_array_equal, run(arguments, None), run(arguments, "xla"))
+
+
 def test_no_state_is_zero_state():
     arguments = make_arguments(BY_NAME["odd"])
     zeros = tuple(np.zeros_like(part) for part in arguments.state)
@@ -400,28 +405,42 @@ def gradients_of(implementation):
 
 
 DEVICE = {shape.name: shape for shape in DEVICE_SHAPES}
-every_compile = [("v5p", name) for name in DEVICE] + [
-    (chip, name)
+every_compile = [("v5p", shape) for shape in SHAPES + DEVICE_SHAPES] + [
+    (chip, DEVICE[name])
     for chip in ("v5e", "v6e")
     for name in ("megalodon_7b", "megalodon_7b_packed", "odd_sizes")
 ]
 
 
-@pytest.mark.parametrize(("chip", "name"), every_compile)
-def test_tpu_compile(chip, name):
+@pytest.mark.parametrize(
+    ("chip", "shape"), every_compile, ids=[f"{chip}-{s.name}" for chip, s in every_compile]
+)
+def test_tpu_compile(chip, shape):
     compiled = evidence.compile_for_tpu(
-        gradients_of("tpu"), structs_of(DEVICE[name]), evidence.TOPOLOGIES[chip]
+        gradients_of("tpu"), structs_of(shape), evidence.TOPOLOGIES[chip]
     )
     text = compiled.as_text()
     assert "cema_scan_forward" in text and "cema_scan_backward" in text
 
 
-@pytest.mark.parametrize("name", list(DEVICE))
-def test_cuda_lowering(name):
+@pytest.mark.parametrize("shape", SHAPES + DEVICE_SHAPES, ids=lambda shape: shape.name)
+def test_cuda_lowering(shape):
     """One kernel where a call is a single segment of time, two where phases are needed."""
-    found = evidence.lower_for_cuda(gradients_of("gpu"), structs_of(DEVICE[name]))
-    single = DEVICE[name].length <= gpu.SEGMENT
-    assert len(found.kernels) == (3 if single else 4)
+    found = evidence.lower_for_cuda(gradients_of("gpu"), structs_of(shape))
+    assert len(found.kernels) == (3 if shape.length <= gpu.SEGMENT else 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES + DEVICE_SHAPES, ids=lambda shape: shape.name)
+def test_shared_memory(shape):
+    bounds = gpu_evidence.shared_memory_bounds(gradients_of("gpu"), *structs_of(shape))
+    assert len(bounds) >= 3 and max(bounds) <= min(gpu_evidence.SHARED_MEMORY.values())
+
+
+# With 32 numbers of state the compiler takes 40 s, and spills registers: see the README.
+@pytest.mark.parametrize("shape", (*SHAPES, *DEVICE_SHAPES[:-1]), ids=lambda shape: shape.name)
+def test_gpu_compile(gpu_compiler, shape):
+    kernels = gpu_evidence.compile_for_gpu(gradients_of("gpu"), structs_of(shape))
+    assert all(kernel.fits and not kernel.spilled for kernel in kernels)
 
 
 @pytest.mark.parametrize("name", ["blocks", "resets"])
@@ -457,7 +476,7 @@ def test_gpu_kernels_interpreted(name):
 
 def test_gpu_refuses_what_registers_cannot_hold():
     arguments = make_arguments(Shape(name="wide_state", length=3, width=2, size=gpu.MAX_SIZE + 1))
-    with pytest.raises(NotImplementedError, match="keeps up to 64 complex numbers"):
+    with pytest.raises(NotImplementedError, match="keeps up to 32 complex numbers"):
         run(arguments, "gpu")
 
 

@@ -64,6 +64,45 @@ def test_matmul_count():
     assert evidence.ideal_bytes(matmul, *shapes()) == F32 * (M * K + K * N + M * N)
 
 
+def test_matmul_flops():
+    assert evidence.kernel_flops(matmul, *shapes()) == [2 * M * K * N]
+    padded = evidence.kernel_flops(matmul, *shapes(m=300, k=TILE, n=TILE))
+    assert padded == [2 * 3 * TILE * TILE * TILE]  # whole blocks
+
+
+def products(x, counts, by_index=True):
+    """In step s, counts[s] products of x[8, 128] with itself, none where the count is negative."""
+
+    def kernel(counts_ref, x_ref, out_ref):
+        count = counts_ref[pl.program_id(0)] if by_index else x_ref[0, 0].astype(jnp.int32)
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+        @pl.when((count >= 0) & (pl.program_id(0) < pl.num_programs(0)))
+        def _():
+            @pl.loop(0, count)
+            def _(_):
+                out_ref[...] += jnp.dot(x_ref[...], x_ref[...].T)
+
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(counts.shape[0],),
+            in_specs=[pl.BlockSpec((8, 128), lambda s, counts: (0, 0))],
+            out_specs=pl.BlockSpec((8, 8), lambda s, counts: (0, 0)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((8, 8), x.dtype),
+    )(counts, x)
+
+
+def test_flops_follow_branches_and_loops():
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    counts = np.array([3, 0, -5, 1], np.int32)
+    assert evidence.kernel_flops(products, x, counts) == [4 * 2 * 8 * 8 * 128]
+    with pytest.raises(ValueError, match="depends on what is not known"):
+        evidence.kernel_flops(lambda *args: products(*args, by_index=False), x, counts)
+
+
 def test_one_block_of_the_contracted_axis_is_kept():
     (call,) = evidence.kernel_traffic(matmul, *shapes(k=TILE))
     assert call.operands[0] == M * TILE * F32  # the same block for every j: read once

@@ -1,19 +1,19 @@
-"""What can be shown about the device kernels without their devices: compiles, lowering, bytes."""
+"""Counts of the TPU kernels, and what the Triton kernels need of a GPU, without either."""
 
-import functools
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from grouped_calls import MODEL_SHAPE, forward_and_backward, product_of, swiglu
 
 import pallas_kernels
-from pallas_kernels import evidence
-from pallas_kernels.grouped_matmul.shapes import MODEL_SHAPES, SHAPES, draw_sizes
+from pallas_kernels import evidence, gpu_evidence
+from pallas_kernels.grouped_matmul.shapes import MODEL_SHAPES, SHAPES, Sizes, draw_sizes
 
 PRODUCTS = ("forward", "d_lhs", "d_rhs")
-BY_NAME = {shape.name: shape for shape in MODEL_SHAPES}
-model_shapes = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=list(BY_NAME))
+model_shapes = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=list(MODEL_SHAPE))
 
 # Bytes over the ideal where they exceed 1.3 times it. With 1024 rows per group the arithmetic of
 # Mixtral's products takes 2.1 ms of a v5p (9.6e11 operations at 459 TF/s); even the largest of
@@ -22,84 +22,10 @@ model_shapes = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=list(BY_NAME))
 EXCEPTIONS = {("mixtral_8x7b", "d_lhs"): 1.6, ("mixtral_8x7b", "d_rhs"): 1.45}
 
 
-def product_of(shape, product, implementation, dtype=jnp.bfloat16):
-    """A function of two arrays and the sizes, and its arguments with the sizes unknown."""
-    lhs = jax.ShapeDtypeStruct((shape.m, shape.k), dtype)
-    rhs = jax.ShapeDtypeStruct((shape.local_groups, shape.k, shape.n), dtype)
-    dout = jax.ShapeDtypeStruct((shape.m, shape.n), dtype)
-    sizes = jax.ShapeDtypeStruct((shape.groups,), jnp.int32)
-    gmm = functools.partial(pallas_kernels.gmm, implementation=implementation)
-    tgmm = functools.partial(pallas_kernels.tgmm, implementation=implementation)
-
-    def metadata(sizes):
-        return pallas_kernels.make_group_metadata(
-            sizes,
-            shape.m,
-            group_offset=shape.offset if shape.local else None,
-            num_local_groups=shape.local_groups,
-        )
-
-    return {
-        "forward": (lambda x, w, s: gmm(x, w, metadata(s)), (lhs, rhs, sizes)),
-        "d_lhs": (lambda g, w, s: gmm(g, w, metadata(s), transpose_rhs=True), (dout, rhs, sizes)),
-        "d_rhs": (lambda x, g, s: tgmm(x, g, metadata(s)), (lhs, dout, sizes)),
-    }[product]
-
-
-def forward_and_backward(shape, implementation, dtype=jnp.bfloat16):
-    """gmm and both gradients in one program, as training compiles them."""
-    run, (lhs, rhs, sizes) = product_of(shape, "forward", implementation, dtype)
-    dout = jax.ShapeDtypeStruct((shape.m, shape.n), dtype)
-
-    def all_three(lhs, rhs, dout, sizes):
-        out, vjp = jax.vjp(lambda lhs, rhs: run(lhs, rhs, sizes), lhs, rhs)
-        return out, vjp(dout)
-
-    return all_three, (lhs, rhs, dout, sizes)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _no_promotion_checks():
     with jax.numpy_rank_promotion("allow"):
         yield
-
-
-@pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=lambda shape: shape.name)
-def test_compiles_for_tpu_v5p(shape):
-    compiled = evidence.compile_for_tpu(*forward_and_backward(shape, "tpu"))
-    assert compiled.cost_analysis()["flops"] > 0
-
-
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("name", ["moma_1b4", "mixtral_8x7b_decode", "fine_grained"])
-def test_compiles_for_other_tpus(chip, name):
-    arguments = forward_and_backward(BY_NAME[name], "tpu")
-    compiled = evidence.compile_for_tpu(*arguments, evidence.TOPOLOGIES[chip])
-    assert compiled.cost_analysis()["flops"] > 0
-
-
-def test_default_compiles_to_the_kernels_on_tpu():
-    text = evidence.compile_for_tpu(*forward_and_backward(SHAPES[0], None)).as_text()
-    assert text.count("tpu_custom_call") >= 3
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_fused_swiglu_compiles_for_tpu(dtype):
-    run, arguments = swiglu(2048, 1024, 2048, 4, "tpu", dtype)
-    evidence.compile_for_tpu(run, arguments)
-    sizes = jnp.asarray(draw_sizes(BY_NAME["moma_1b4"].sizes, 2048, 4))
-    (call,) = evidence.kernel_traffic(run, *arguments[:2], sizes)
-    assert call.declared == call.total
-
-
-def swiglu(m, k, n, groups, implementation, dtype):
-    def run(lhs, rhs, sizes):
-        return pallas_kernels.gmm(
-            lhs, rhs, sizes, activation="swiglu", implementation=implementation
-        )
-
-    shapes = ((m, k), dtype), ((groups, k, 2 * n), dtype), ((groups,), jnp.int32)
-    return run, tuple(jax.ShapeDtypeStruct(*x) for x in shapes)
 
 
 @pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=lambda shape: shape.name)
@@ -111,6 +37,47 @@ def test_lowers_for_cuda(shape):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_fused_swiglu_lowers_for_cuda(dtype):
     assert len(evidence.lower_for_cuda(*swiglu(256, 96, 80, 4, "gpu", dtype)).kernels) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=lambda shape: shape.name)
+def test_shared_memory(shape, dtype):
+    """Within the smallest card's."""
+    function, arguments = forward_and_backward(shape, "gpu", dtype)
+    bounds = gpu_evidence.shared_memory_bounds(function, *arguments)
+    assert len(bounds) == 3 and max(bounds) <= min(gpu_evidence.SHARED_MEMORY.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_shared_memory_of_fused_swiglu(dtype):
+    function, arguments = swiglu(8192, 4096, 14336, 8, "gpu", dtype)
+    (bound,) = gpu_evidence.shared_memory_bounds(function, *arguments)
+    assert bound <= min(gpu_evidence.SHARED_MEMORY.values())
+
+
+def test_shared_memory_of_too_large_tiles():
+    shape = MODEL_SHAPE["moma_1b4"]
+    (lhs, rhs, sizes) = product_of(shape, "forward", "gpu")[1]
+
+    def wide(lhs, rhs, sizes):
+        tiling = (256, 128, 128)
+        return pallas_kernels.gmm(lhs, rhs, sizes, tiling=tiling, implementation="gpu")
+
+    (bound,) = gpu_evidence.shared_memory_bounds(wide, lhs, rhs, sizes)
+    assert gpu_evidence.SHARED_MEMORY["8.0"] < bound < gpu_evidence.SHARED_MEMORY["9.0"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "shape"),
+    [("9.0", shape) for shape in SHAPES + MODEL_SHAPES]
+    + [(capability, MODEL_SHAPE["moma_1b4"]) for capability in gpu_evidence.SHARED_MEMORY],
+    ids=lambda x: getattr(x, "name", x),
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gpu_compile(gpu_compiler, capability, shape, dtype):
+    kernels = gpu_evidence.compile_for_gpu(*forward_and_backward(shape, "gpu", dtype), capability)
+    assert len(kernels) == 3 and all(kernel.fits for kernel in kernels)
+    assert capability != "9.0" or not any(kernel.spilled for kernel in kernels)
 
 
 @model_shapes
@@ -125,8 +92,43 @@ def test_bytes(shape, product):
     assert 1 <= ratio <= EXCEPTIONS.get((shape.name, product), 1.3)
 
 
+def rows_multiplied(sizes, tile, part):
+    """A tile of one group whole, of a shared tile the parts that hold rows of the group."""
+    total, ends = 0, np.cumsum(sizes)
+    for low, high in zip(ends - sizes, ends, strict=True):
+        for start in range(low // tile * tile, high if high > low else 0, tile):
+            first, behind = max(low, start), min(high, start + tile)
+            whole = behind - first == tile
+            total += tile if whole else (-(-behind // part) - first // part) * part
+    return total
+
+
+@pytest.mark.parametrize("kind", Sizes)
+@pytest.mark.parametrize("product", ["forward", "d_lhs"])
+def test_boundaries_cost_parts_of_tiles(product, kind):
+    """The columns of MoMa's products divide into whole tiles: nothing else is added."""
+    shape = MODEL_SHAPE["moma_1b4"]
+    run, (first, second, _) = product_of(shape, product, "tpu")
+    sizes = draw_sizes(kind, shape.m, shape.groups)
+    (flops,) = evidence.kernel_flops(run, first, second, jnp.asarray(sizes))
+    rows = rows_multiplied(sizes, 256, 128)
+    assert flops == 2 * rows * shape.k * shape.n
+    assert rows <= shape.m + 128 * (shape.groups - 1)
+
+
+@pytest.mark.parametrize("name", ["moma_1b4", "mixtral_8x7b"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_flops(name, product):
+    """Parts at boundaries and incomplete tiles of columns add less than 15 %."""
+    shape = MODEL_SHAPE[name]
+    run, (first, second, _) = product_of(shape, product, "tpu")
+    sizes = jnp.asarray(draw_sizes(Sizes.ZIPF, shape.m, shape.groups))
+    (flops,) = evidence.kernel_flops(run, first, second, sizes)
+    assert 1 <= flops / (2 * shape.m * shape.k * shape.n) <= 1.15
+
+
 def test_empty_groups_cost_no_bytes():
-    shape = BY_NAME["mixtral_8x7b_decode"]
+    shape = MODEL_SHAPE["mixtral_8x7b_decode"]
     run, (lhs, rhs, _) = product_of(shape, "forward", "tpu")
     full, half = (
         evidence.bytes_moved(run, lhs, rhs, jnp.asarray(sizes, jnp.int32))

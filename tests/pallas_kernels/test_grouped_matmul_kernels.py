@@ -21,7 +21,9 @@ from pallas_kernels.grouped_matmul.shapes import make_arguments
 class TestTPU(GroupedProducts):
     implementation = "interpret"
 
-    @pytest.mark.parametrize("tiling", [(8, 128, 128), (32, 16, 8), (16, 24, 40)])
+    @pytest.mark.parametrize(
+        "tiling", [(8, 128, 128), (32, 16, 8), (16, 24, 40), (256, 128, 128), (384, 16, 40)]
+    )
     def test_any_tiling(self, tiling):
         # Split and ragged contractions among them, each in its direction.
         shape = BY_NAME["many_tiles"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import evidence
+from pallas_kernels import evidence, gpu_evidence
 from pallas_kernels.patch_pool import gpu, tpu
 from pallas_kernels.patch_pool.rows import sorted_rows
 from pallas_kernels.patch_pool.shapes import SHAPES, TRAINING_SHAPES, make_arguments
@@ -97,6 +97,24 @@ def test_cuda_lowering(shape):
     calls = calls_of(gpu, shape)
     lowering = evidence.lower_for_cuda(*all_at_once(calls))
     assert lowering.kernels == ("__gpu$xla.gpu.triton",) * len(calls)
+
+
+@all_shapes
+def test_shared_memory(shape):
+    function, arguments = all_at_once(calls_of(gpu, shape))
+    bounds = gpu_evidence.shared_memory_bounds(function, *arguments)
+    assert max(bounds) <= min(gpu_evidence.SHARED_MEMORY.values())
+
+
+@pytest.mark.parametrize(
+    ("capability", "shape"),
+    [("9.0", shape) for shape in SHAPES]
+    + [(capability, s) for capability in gpu_evidence.SHARED_MEMORY for s in TRAINING_SHAPES],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_gpu_compile(gpu_compiler, capability, shape):
+    kernels = gpu_evidence.compile_for_gpu(*all_at_once(calls_of(gpu, shape)), capability)
+    assert all(kernel.fits and not kernel.spilled for kernel in kernels)
 
 
 @all_shapes
