@@ -311,7 +311,7 @@ def _timestep_norm(x, affine, start, fresh, documents, config):
     x_BTGD = x.astype(jnp.float32).reshape(B, T, G, D // G)
     mean, variance = token_moments(x_BTGD)
     count, mean, variance = running_statistics(mean, variance, start, fresh, documents)
-    y = normalised(x_BTGD, mean, lax.rsqrt(variance + config.norm_eps), *affine)
+    y = normalised(x_BTGD, mean, jnp.sqrt(variance + config.norm_eps), *affine)
     y = y.reshape(B, T, D)
     if documents is not None:
         y = jnp.where(documents.real[..., None], y, 0.0)
@@ -342,26 +342,29 @@ token_moments.defvjp(_moments_forward, _moments_backward)
 
 
 @jax.custom_vjp
-def normalised(x: Float[Array, "B T G D"], mean, scale, weight, bias):
-    """(x - mean) * scale per group, times the weight, plus the bias [G D]: keeps x and the
+def normalised(x: Float[Array, "B T G D"], mean, deviation, weight, bias):
+    """(x - mean) / deviation per group, times the weight, plus the bias [G D]: keeps x and the
     statistics, and one pass over rows gives all gradients."""
     shape = (1, 1, *x.shape[2:])
-    unit = (x - mean[..., None]) * scale[..., None]
+    unit = (x - mean[..., None]) / deviation[..., None]
     return unit * weight.reshape(shape) + bias.reshape(shape)
 
 
-def _normalised_forward(x, mean, scale, weight, bias):
-    return normalised(x, mean, scale, weight, bias), (x, mean, scale, weight)
+def _normalised_forward(x, mean, deviation, weight, bias):
+    return normalised(x, mean, deviation, weight, bias), (x, mean, deviation, weight)
 
 
 def _normalised_backward(residuals, g):
-    x, mean, scale, weight = residuals
+    x, mean, deviation, weight = residuals
     centred = x - mean[..., None]
-    d_unit = g * weight.reshape(1, 1, *x.shape[2:])
-    d_x = d_unit * scale[..., None]
-    d_weight = jnp.sum(g * centred * scale[..., None], axis=(0, 1)).reshape(-1)
-    d_bias = jnp.sum(g, axis=(0, 1)).reshape(-1)
-    return d_x, -short_sums(d_x), short_sums(d_unit * centred), d_weight, d_bias
+    # Everything else is made of this quotient: XLA:CPU computes a division once, but a product
+    # again, with all that g is made of, wherever it is used.
+    g /= deviation[..., None]
+    d_x = g * weight.reshape(1, 1, *x.shape[2:])
+    d_deviation = -short_sums(d_x * centred) / deviation
+    d_weight = jnp.sum(g * centred, axis=(0, 1)).reshape(-1)
+    d_bias = jnp.sum(g * deviation[..., None], axis=(0, 1)).reshape(-1)
+    return d_x, -short_sums(d_x), d_deviation, d_weight, d_bias
 
 
 normalised.defvjp(_normalised_forward, _normalised_backward)
