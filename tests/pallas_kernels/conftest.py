@@ -5,6 +5,6 @@ from pallas_kernels import gpu_evidence
 
 @pytest.fixture(scope="session")
 def gpu_compiler():
-    """Skips where `gpu_evidence.compile_for_gpu` cannot run."""
+    """Fails where `gpu_evidence.compile_for_gpu` cannot run; for tests with the marker."""
     if reason := gpu_evidence.gpu_compiler_missing():
-        pytest.skip(f"{reason}; pallas_kernels/gpu_evidence.py says how to get it")
+        pytest.fail(f"{reason}; pallas_kernels/gpu_evidence.py says how to get it")

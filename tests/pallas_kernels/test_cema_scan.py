@@ -437,6 +437,7 @@ def test_shared_memory(shape):
 
 
 # With 32 numbers of state the compiler takes 40 s, and spills registers: see the README.
+@pytest.mark.gpu_compiler
 @pytest.mark.parametrize("shape", (*SHAPES, *DEVICE_SHAPES[:-1]), ids=lambda shape: shape.name)
 def test_gpu_compile(gpu_compiler, shape):
     kernels = gpu_evidence.compile_for_gpu(gradients_of("gpu"), structs_of(shape))

@@ -81,6 +81,7 @@ def test_tpu_kernels_are_refused():
         gpu_evidence.shared_memory_bounds(copy, jnp.zeros((8, 128)))
 
 
+@pytest.mark.gpu_compiler
 @pytest.mark.parametrize("capability", gpu_evidence.SHARED_MEMORY)
 def test_the_compiler_agrees(gpu_compiler, capability):
     (kernel,) = gpu_evidence.compile_for_gpu(matmul, SHAPES, capability)
@@ -90,6 +91,7 @@ def test_the_compiler_agrees(gpu_compiler, capability):
     assert OPERANDS <= kernel.shared_memory <= bound + 64
 
 
+@pytest.mark.gpu_compiler
 def test_the_compiler_finds_what_does_not_fit(gpu_compiler):
     (kernel,) = gpu_evidence.compile_for_gpu(lambda x, y: matmul(x, y, 12), SHAPES, "9.0")
     assert not kernel.fits

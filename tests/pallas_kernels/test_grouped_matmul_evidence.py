@@ -67,6 +67,7 @@ def test_shared_memory_of_too_large_tiles():
     assert gpu_evidence.SHARED_MEMORY["8.0"] < bound < gpu_evidence.SHARED_MEMORY["9.0"]
 
 
+@pytest.mark.gpu_compiler
 @pytest.mark.parametrize(
     ("capability", "shape"),
     [("9.0", shape) for shape in SHAPES + MODEL_SHAPES]

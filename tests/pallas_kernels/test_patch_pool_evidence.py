@@ -106,6 +106,7 @@ def test_shared_memory(shape):
     assert max(bounds) <= min(gpu_evidence.SHARED_MEMORY.values())
 
 
+@pytest.mark.gpu_compiler
 @pytest.mark.parametrize(
     ("capability", "shape"),
     [("9.0", shape) for shape in SHAPES]
