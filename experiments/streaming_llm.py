@@ -57,6 +57,8 @@ def backcopy(
     softmax: Softmax = Softmax.STANDARD,
     sink_tokens: int = 0,
     mlp_dim: int = 64,
+    steps: int = 1500,
+    training_rows: int = 0,
 ) -> Backcopy:
     """The task of the proof: rows of 64, a cache of 48, one layer with one head.
 
@@ -72,8 +74,9 @@ def backcopy(
         data=DataConfig(sequence_length=64, batch_size=64),
         evaluation=EvaluationConfig(batches=8),
         schedule=Schedule(learning_rate=3e-3, warmup_steps=50),
-        steps=1500,
+        steps=steps,
         bos=bos,
+        training_rows=training_rows,
         modes=modes(48, 1) + fewer,
     )
 
@@ -147,6 +150,16 @@ def proof_seeds() -> Comparison:
     return dataclasses.replace(proof(), seeds=(0, 1, 2))
 
 
+def fixed_rows() -> Comparison:
+    """What a window loses after 3,000 steps on new rows or on the same 4,096 (10 min)."""
+    trainings = [
+        (f"{name}_mlp_{width}", backcopy(mlp_dim=width, steps=3000, training_rows=rows))
+        for name, rows in (("new", 0), ("fixed", 4096))
+        for width in (64, 256)
+    ]
+    return dataclasses.replace(proof(), runs=tuple(trainings))
+
+
 def _paper_160m(softmax: Softmax, sink_tokens: int) -> StreamingPerplexity:
     """Section 4.2: the Pythia-160M recipe with 1,024 keys and 0 to 4 sinks, on 400K tokens."""
     config = llama3.small(vocab_size=50_304, num_layers=12, d_model=768, num_heads=12, mlp_dim=2048)
@@ -203,7 +216,7 @@ def paper_llama2_7b() -> PretrainedStream:
 
 
 PAPER = (paper_160m, paper_160m_zero_sink, paper_160m_sink_token, paper_llama2_7b)
-RUNS = (smoke, tiny, stream_eval, proof, proof_seeds, *PAPER)
+RUNS = (smoke, tiny, stream_eval, proof, proof_seeds, fixed_rows, *PAPER)
 
 
 def get_config(run: str = "tiny") -> Experiment:
