@@ -119,7 +119,10 @@ def tiny() -> StreamingPerplexity:
 
 
 def stream_eval() -> StreamEval:
-    """Exact matches of values asked for some lines later, by distance (11 min)."""
+    """Exact matches of values asked for some lines later, by distance (11 min).
+
+    The model does not learn the lookup in these steps, see docs/results/streaming_llm.md.
+    """
     return StreamEval(
         model=unrolled(llama3.small(vocab_size=83, num_layers=2, d_model=64, num_heads=2)),
         data=DataConfig(sequence_length=128, batch_size=32),
