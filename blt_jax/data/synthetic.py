@@ -17,7 +17,8 @@ class GeneratedBatches:
     """Batches without end of generated rows; row i depends on the seed, the split and i alone.
 
     make(numbers, seed): batch of the rows with these numbers, from a seed of the config and split.
-    rows: which rows of every batch are made, None for all.
+    rows: which rows of every batch are made, None for all. distinct: how many rows there are, in
+    the same order again and again; 0 for new ones in every batch.
     """
 
     def __init__(
@@ -25,8 +26,10 @@ class GeneratedBatches:
         config: DataConfig,
         make: Callable[[Sequence[int], tuple[int, ...]], dict[str, np.ndarray]],
         rows: Sequence[int] | None = None,
+        distinct: int = 0,
     ):
         self._config, self._make, self._next = config, make, 0
+        self._distinct = distinct
         self._rows = range(config.batch_size) if rows is None else rows
 
     def __iter__(self) -> Iterator:
@@ -36,7 +39,10 @@ class GeneratedBatches:
         first = self._next * self._config.batch_size
         self._next += 1
         seed = (self._config.seed, int(self._config.split is Split.TRAIN))
-        return self._make([first + row for row in self._rows], seed)
+        numbers = [first + row for row in self._rows]
+        if self._distinct:
+            numbers = [number % self._distinct for number in numbers]
+        return self._make(numbers, seed)
 
     def get_state(self) -> Any:
         return self._next

@@ -27,10 +27,11 @@ answer without its question is left to the caller: it is another call of `score_
 Where a stored text of the paper prints the cutoff with 1/alpha, its code and proof have alpha, as
 here.
 
-Measured with `python -m blt_jax.run --config=experiments/contrastive_decoding.py:proof` (one seed,
-CPU, 2026-11-22): on arithmetic stories with a known shortcut, greedy decoding solves 54.8 %, beta
-0.5 with a small amateur 59.0, an early checkpoint 68.2, a negative prompt 75.4, and an equally
-strong amateur 25.8 (docs/results/contrastive_decoding.md).
+Measured with the run `proof_seeds` of experiments/contrastive_decoding.py (three seeds, CPU,
+2026-11-22): on arithmetic stories with a known shortcut, greedy decoding solves 68 %. Beta 0.5
+gains in every seed with a negative prompt (1 to 21 points) and a shortened context (3 to 9),
+nothing over the seeds with a small amateur (-4 to 4) or an early checkpoint (-8 to 13), and loses
+11 to 29 with an equally strong one (docs/results/contrastive_decoding.md).
 """
 
 import collections

@@ -30,9 +30,9 @@ model (section 3.3) are the first tokens of every row; they count as sinks here,
 what RECOMPUTE and DENSE read. Learned absolute positions are not supported; no model here has them.
 Megalodon needs none of this: its state has a constant size by construction.
 
-Measured here: on bigram-backcopy, after 1,500 steps with a BOS, 48 keys cost 2.029 nats per token
-in a window and 1.998 with sinks, at positions 64-512 of streams (run `proof`, one CPU core,
-2026-11-22).
+Measured here: on bigram-backcopy, after 1,500 steps with a BOS, 48 keys cost 2.093 nats per token
+in a window and 1.991 with sinks, at positions 64-512 of streams (mean of three seeds, which differ
+by 0.03 to 0.21; run `proof_seeds`, one CPU core, 2026-11-22).
 """
 
 import dataclasses

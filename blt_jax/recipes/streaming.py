@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from blt_jax.data.loader import DataConfig, evaluation_config, open_documents
+from blt_jax.data.sources import Split
 from blt_jax.data.synthetic import (
     EVENT,
     Bigrams,
@@ -186,12 +187,14 @@ class Backcopy(Pretraining):
     """Trains on `data.synthetic.backcopy_rows`, then reads streams of the task with every mode.
 
     num_symbols, triggers: of the task, whose bigrams are those of the training text of the data
-    config. bos: rows begin with an id of their own. num_streams, stream_length: what is read.
+    config. bos: rows begin with an id of their own. training_rows: how many are trained on, again
+    and again; 0 for new ones in every batch. num_streams, stream_length: what is read.
     """
 
     num_symbols: int = 64
     triggers: tuple[int, ...] = (2, 3, 4)
     bos: bool = True
+    training_rows: int = 0
     modes: Modes = ()
     num_streams: int = 64
     stream_length: int = 512
@@ -204,6 +207,8 @@ class Backcopy(Pretraining):
                 f"Backcopy.model.vocab_size={self.model.vocab_size}: must be above "
                 f"num_symbols={self.num_symbols}"
             )
+        if self.training_rows < 0:
+            raise ValueError(f"Backcopy.training_rows={self.training_rows}: must be >= 0")
         if self.stream_length <= self.data.sequence_length or self.num_streams < 1:
             raise ValueError(
                 f"Backcopy.stream_length={self.stream_length}: must be above the training length "
@@ -235,7 +240,8 @@ class Backcopy(Pretraining):
             task = dict(length=data.sequence_length, bigrams=bigrams, triggers=self.triggers)
             return backcopy_rows(numbers, seed, **task, bos=self.bos)
 
-        return GeneratedBatches(data, make, rows)
+        distinct = self.training_rows if data.split is Split.TRAIN else 0
+        return GeneratedBatches(data, make, rows, distinct)
 
     def _numbers(self, nats: dict[str, np.ndarray], copies: np.ndarray) -> dict[str, float]:
         trained = self.data.sequence_length

@@ -102,28 +102,33 @@ class Comparison(Experiment):
     def _figure(self, context: Context, rows: dict[str, dict[str, Any]]) -> Any:
         import matplotlib.figure
 
-        figure = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        curves = {name: self._curves_of(context, name) for name in rows}
+        panels = 1 + any(curves.values())  # a metric of the end alone has no curve
+        figure = matplotlib.figure.Figure(figsize=(5.5 * panels, 4), layout="constrained")
+        left, *others = figure.subplots(1, panels, squeeze=False)[0]
         for index, (name, row) in enumerate(rows.items()):
             color = f"C{index}"
             left.plot([index] * len(row["values"]), row["values"], "o", color=color, alpha=0.5)
             left.errorbar(index, row["mean"], row["interval"], fmt="_", color=color, capsize=4)
-            for number, (part, _) in enumerate(self._parts(name)):
-                lines = read_metrics(context.workdir / part)
-                curve = [(n["step"], n[self.metric]) for n in lines if self.metric in n]
-                if curve:
-                    label = None if number else name
-                    right.plot(*zip(*curve, strict=True), color=color, linewidth=1, label=label)
+            for number, curve in enumerate(curves[name]):
+                label = None if number else name
+                others[0].plot(*zip(*curve, strict=True), color=color, linewidth=1, label=label)
         left.set_xticks(range(len(rows)), list(rows), rotation=20, ha="right")
         left.set_xlim(-0.5, len(rows) - 0.5)
         left.set_ylabel(self.metric)
         left.grid(alpha=0.3)
-        right.set_xlabel("step")
-        right.set_title(f"{self.metric} in training", fontsize=10)
-        right.grid(alpha=0.3)
-        if right.lines:
+        for right in others:
+            right.set_xlabel("step")
+            right.set_title(f"{self.metric} in training", fontsize=10)
+            right.grid(alpha=0.3)
             right.legend(fontsize=8)
         return figure
+
+    def _curves_of(self, context: Context, name: str) -> list[list[tuple[int, float]]]:
+        """(step, metric) of every repetition of a run that recorded the metric in training."""
+        lines = [read_metrics(context.workdir / part) for part, _ in self._parts(name)]
+        curves = [[(n["step"], n[self.metric]) for n in run if self.metric in n] for run in lines]
+        return [curve for curve in curves if curve]
 
 
 def _run_child(context: Context, part: str, experiment: Experiment) -> dict[str, float]:

@@ -22,6 +22,7 @@ ROWS = (
     ("llama3_tiny", "Byte-level Llama 3 `tiny`, held-out bits per byte", "bits_per_byte"),
     ("llama3_proof_seeds", "Llama 3, constant learning rate", "constant"),
     ("llama3_proof_seeds", "Llama 3, last fifth annealed", "annealed"),
+    ("megalodon_tiny", "Megalodon `tiny`, held-out bits per byte", "bits_per_byte"),
     (
         "megalodon_proof_seeds",
         "Llama 3 trained on rows of 512, bytes 512 to 8,192",

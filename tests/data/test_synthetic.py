@@ -137,3 +137,5 @@ def test_generated_batches_go_on_and_differ_between_splits():
     own = synthetic.GeneratedBatches(config, make, rows=(0, 2))
     next(own)
     assert next(own)["ids"].tolist() == [3, 5]
+    again = synthetic.GeneratedBatches(config, make, distinct=4)
+    assert [next(again)["ids"].tolist() for _ in range(3)] == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -72,6 +73,16 @@ def test_further_numbers_are_means_beside_the_metric(tmp_path):
     assert not any("absent" in name for name in numbers)
     table = (tmp_path / "comparison.txt").read_text().splitlines()
     assert table[5].split() == ["size", "15", "15"]
+
+
+def test_a_metric_of_the_end_alone_has_no_panel_of_curves(tmp_path):
+    widths = []
+    for metric in ("score", "size"):
+        config = dataclasses.replace(_pair(), metric=metric)
+        run_experiment(config, tmp_path / metric, _mesh())
+        image = matplotlib.image.imread(tmp_path / metric / "figures" / "comparison.png")
+        widths.append(image.shape[1])
+    assert widths[1] < 0.6 * widths[0]
 
 
 def test_seed_reaches_initialisation_and_data():
