@@ -63,7 +63,7 @@ def backcopy(
 ) -> Backcopy:
     """The task of the proof: rows of 64, a cache of 48, one layer with one head.
 
-    1,500 steps: after 3,000 a window lost nothing, see docs/results/streaming_llm.md.
+    1,500 steps: after 3,000 a window loses little, see docs/results/streaming_llm.md.
     """
     model = unrolled(
         llama3.small(vocab_size=65, num_layers=1, d_model=64, num_heads=1, mlp_dim=mlp_dim)
