@@ -191,8 +191,9 @@ class Checkpoints:
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Waits for the saves and releases the threads."""
-        self._manager.close()
+        """Waits for the saves and releases the threads; CheckpointError if one was not written."""
+        with self._as_checkpoint_error():
+            self._manager.close()
 
     def _reader(self) -> Any:
         """Reads without waiting for other processes: one of them may find its files damaged."""

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 
@@ -17,7 +18,7 @@ from blt_jax.data.loader import DataConfig, loader
 from blt_jax.dist.mesh import MeshConfig, make_mesh
 from blt_jax.dist.sharding import init_params
 from blt_jax.train import configs, pretraining
-from blt_jax.train.checkpoint import Checkpoints, load_params
+from blt_jax.train.checkpoint import CheckpointError, Checkpoints, load_params
 from blt_jax.train.evaluate import evaluate
 from blt_jax.train.launch import run_experiment
 from blt_jax.train.loop import LoggingConfig, NonFiniteError, Preempted
@@ -29,7 +30,7 @@ from blt_jax.train.pretraining import (
     annealing_phase,
     make_context,
 )
-from blt_jax.train.state import Averaging, AveragingConfig, abstract_params
+from blt_jax.train.state import Averaging, AveragingConfig, TrainState, abstract_params
 from blt_jax.train.workdir import WorkdirError
 from blt_jax.train.writers import read_metrics, read_results
 from tests.train.tiny_model import TinyConfig, tiny_experiment
@@ -194,6 +195,28 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     assert (tmp_path / "checkpoints.damaged" / "12").is_dir()
     params_equal(whole.params, again.params)
     assert lines(tmp_path) == before
+
+
+def test_failed_save_is_reported_by_close_too(tmp_path):
+    state = TrainState(
+        params={"w": jnp.arange(20_000, dtype=jnp.float32)},
+        opt_state=(),
+        step=jnp.asarray(3),
+        key=jax.random.key(0),
+        average=None,
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(CheckpointError, match="could not be written to .*: File too large"):
+            try:
+                checkpoints.save(3, state, 0, {})
+            finally:
+                checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Checkpoints(tmp_path).steps() == []
 
 
 def test_eight_devices_equal_one(tmp_path):
