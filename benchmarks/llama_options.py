@@ -15,6 +15,7 @@ import sys
 import time
 
 from benchmarks import reporting
+from benchmarks.timing import times_in_turn
 from blt_jax.dist.huge_pages import use_huge_pages
 
 LENGTHS, TOKENS, RUNS = (128, 1024), 2048, 7
@@ -82,19 +83,10 @@ def compiled(config, batch: dict):
 
 def measure(length: int) -> list[dict]:
     """The rows of the table for one length."""
-    import jax
-
     batch = batch_of(length)
-    programs = {name: compiled(config, batch) for name, config in options().items()}
-    times = {name: [] for name in programs}
-    for run in range(RUNS):
-        names = list(programs)
-        for name in names if run % 2 else reversed(names):
-            program = programs[name][0]
-            jax.block_until_ready(program())
-            started = time.perf_counter()
-            jax.block_until_ready(program())
-            times[name].append(time.perf_counter() - started)
+    compiled_options = {name: compiled(config, batch) for name, config in options().items()}
+    programs = {name: program for name, (program, _) in compiled_options.items()}
+    times = times_in_turn(programs, RUNS)
     default = min(times["default"])
     return [
         {
@@ -105,7 +97,7 @@ def measure(length: int) -> list[dict]:
             "compile_seconds": seconds,
             "runs": times[name],
         }
-        for name, (_, seconds) in programs.items()
+        for name, (_, seconds) in compiled_options.items()
     ]
 
 

@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from benchmarks import reporting
+from benchmarks.timing import times_in_turn
 from blt_jax.dist.huge_pages import use_huge_pages
 
 LENGTHS = (1024, 8192)
@@ -170,29 +171,24 @@ def measure(case: str, length: int) -> dict:
     """One row of the table."""
     import jax
 
-    sides, outputs, row = [], [], {"case": case, "length": length}
+    sides, outputs, row = {}, [], {"case": case, "length": length}
     for name, (function, arguments) in zip(("ours", "peer"), make_case(case, length), strict=True):
         start = time.perf_counter()
         program = jax.jit(function).lower(*arguments).compile()
         row[f"{name}_compile_seconds"] = time.perf_counter() - start
         memory = program.memory_analysis()
         row[f"{name}_temporary_mib"] = memory.temp_size_in_bytes / 2**20
-        sides.append(functools.partial(program, *arguments))
-        outputs.append(jax.block_until_ready(sides[-1]()))
+        sides[name] = functools.partial(program, *arguments)
+        outputs.append(jax.block_until_ready(sides[name]()))
     row["largest_difference"] = check_equal(case, *outputs)
     del outputs
-    times = ([], [])
-    for run in range(RUNS):
-        for index in (0, 1) if run % 2 else (1, 0):
-            jax.block_until_ready(sides[index]())
-            start = time.perf_counter()
-            jax.block_until_ready(sides[index]())
-            times[index].append(time.perf_counter() - start)
-    row["ours_milliseconds"], row["peer_milliseconds"] = (1e3 * min(t) for t in times)
+    times = times_in_turn(sides, RUNS)
+    for name, seconds in times.items():
+        row[f"{name}_milliseconds"] = 1e3 * min(seconds)
     row["ratio"] = row["peer_milliseconds"] / row["ours_milliseconds"]
     row["target"] = TARGETS[case]
     row["compile_ratio"] = row["peer_compile_seconds"] / row["ours_compile_seconds"]
-    row["times"] = times
+    row["times"] = list(times.values())
     return row
 
 

@@ -40,7 +40,7 @@ def masked_attention(
     scale = K**-0.5 if scale is None else scale
     q_BGRTK = q.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BGSK, v_BGSJ = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = _scores(q_BGRTK, k_BGSK, jnp.float32) * scale
+    scores = _product(q_BGRTK, k_BGSK, 3, jnp.float32) * scale
     if bias is not None:
         scores += bias.reshape(-1, G, H // G, *bias.shape[2:])
     scores = jnp.where(mask[:, None, None], scores, NEGATIVE)
@@ -50,49 +50,40 @@ def masked_attention(
     weights = jax.nn.softmax(drop_unit_axes(scores), axis=-1).reshape(scores.shape)
     weights = weights[..., : k.shape[1]]
     weights = jnp.where(mask[:, None, None], weights, 0.0).astype(v.dtype)
-    out_BGRTJ = _mix(weights, v_BGSJ, v.dtype)
+    out_BGRTJ = _product(weights, v_BGSJ, 2, v.dtype)
     return out_BGRTJ.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
 
 
-# The two products and their gradients with results in the order in which the product yields them:
-# differentiation of an einsum transposes the gradients of keys and values instead.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x_BGRTC, y, axis: int, dtype):
+    """x times y[B, G, C, N] (axis 2) or y[B, G, N, C] (axis 3): [B, G, R, T, N].
+
+    The gradients come in the order in which their products yield them; differentiation of an
+    einsum would transpose those of keys and values.
+    """
+    return _contract(x_BGRTC, y, 4, axis, dtype)
 
 
-def _product(x, y, x_axis: int | tuple[int, ...], y_axis: int | tuple[int, ...], dtype):
+def _product_forward(x_BGRTC, y, axis, dtype):
+    return _product(x_BGRTC, y, axis, dtype), (x_BGRTC, y)
+
+
+def _product_backward(axis, dtype, residuals, g_BGRTN):
+    del dtype
+    x_BGRTC, y = residuals
+    pair = (x_BGRTC, g_BGRTN) if axis == 2 else (g_BGRTN, x_BGRTC)
+    d_x = _contract(g_BGRTN, y, 4, 5 - axis, x_BGRTC.dtype)
+    return d_x, _contract(*pair, (2, 3), (2, 3), y.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _contract(x, y, x_axes: int | tuple[int, ...], y_axes: int | tuple[int, ...], dtype):
     """A product over some axes, [B, G, rest of x, rest of y]."""
-    axes = [(axis,) if isinstance(axis, int) else axis for axis in (x_axis, y_axis)]
+    axes = [(axis,) if isinstance(axis, int) else axis for axis in (x_axes, y_axes)]
     batch = (0, 1)
     return jax.lax.dot_general(x, y, (axes, (batch, batch)), preferred_element_type=dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _scores(q_BGRTK, k_BGSK, dtype):
-    """Products of queries and keys, [B, G, R, T, S]."""
-    return _product(q_BGRTK, k_BGSK, 4, 3, dtype)
-
-
-def _scores_backward(dtype, residuals, g_BGRTS):
-    del dtype
-    q_BGRTK, k_BGSK = residuals
-    d_q = _product(g_BGRTS, k_BGSK, 4, 2, q_BGRTK.dtype)
-    return d_q, _product(g_BGRTS, q_BGRTK, (2, 3), (2, 3), k_BGSK.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _mix(weights_BGRTS, v_BGSJ, dtype):
-    """Values mixed by weights, [B, G, R, T, J]."""
-    return _product(weights_BGRTS, v_BGSJ, 4, 2, dtype)
-
-
-def _mix_backward(dtype, residuals, g_BGRTJ):
-    del dtype
-    weights_BGRTS, v_BGSJ = residuals
-    d_weights = _product(g_BGRTJ, v_BGSJ, 4, 3, weights_BGRTS.dtype)
-    return d_weights, _product(weights_BGRTS, g_BGRTJ, (2, 3), (2, 3), v_BGSJ.dtype)
-
-
-_scores.defvjp(lambda q, k, dtype: (_scores(q, k, dtype), (q, k)), _scores_backward)
-_mix.defvjp(lambda weights, v, dtype: (_mix(weights, v, dtype), (weights, v)), _mix_backward)
 
 
 def causal_attention(

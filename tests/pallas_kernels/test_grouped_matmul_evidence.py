@@ -2,7 +2,6 @@
 
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,10 +21,7 @@ model_shapes = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=list(MODEL_SHA
 EXCEPTIONS = {("mixtral_8x7b", "d_lhs"): 1.6, ("mixtral_8x7b", "d_rhs"): 1.45}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_promotion_checks():
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion_allowed")
 
 
 @pytest.mark.parametrize("shape", SHAPES + MODEL_SHAPES, ids=lambda shape: shape.name)
