@@ -209,7 +209,7 @@ def test_failed_save_is_reported_by_close_too(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-        with pytest.raises(CheckpointError, match="could not be written to .*: File too large"):
+        with pytest.raises(CheckpointError, match=r"could not be written to .*: File too large"):
             try:
                 checkpoints.save(3, state, 0, {})
             finally:
