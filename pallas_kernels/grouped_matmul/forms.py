@@ -59,7 +59,7 @@ def _gpu_serves(lhs, other, metadata, tiling) -> bool:
 
 FORMS = {
     "reference": Form(reference.gmm, reference.tgmm),
-    "xla": Form(xla.gmm, xla.tgmm, gradients=xla.gradients),
+    "xla": Form(xla.gmm, xla.tgmm),
     "ragged_dot": Form(ragged_dot.gmm, ragged_dot.tgmm),
     "tpu": _kernels("tpu"),
     "gpu": _kernels("gpu"),

@@ -22,14 +22,12 @@ from pallas_kernels.grouped_matmul.reference import accumulator
 class Form:
     """The products of one implementation: gmm and tgmm.
 
-    swiglu: gmm with the activation fused; gradients: both gradients of gmm in one. None where the
-    form has none of its own.
+    swiglu: gmm with the activation fused, None where the form has none of its own.
     """
 
     gmm: Callable[..., jax.Array]
     tgmm: Callable[..., jax.Array]
     swiglu: Callable[..., jax.Array] | None = None
-    gradients: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,39 +58,17 @@ def _gmm_forward(lhs, rhs, metadata, options):
 
 def _gmm_backward(options, residuals, g):
     lhs, rhs, metadata = residuals
-    return *_gradients(lhs, rhs, g.astype(lhs.dtype), metadata, options), None
-
-
-gmm.defvjp(_gmm_forward, _gmm_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _gradients(lhs, rhs, g, metadata, options) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `gmm` for lhs and rhs."""
-    if options.form.gradients is not None:
-        return options.form.gradients(lhs, rhs, g, metadata, options.transpose_rhs)
-    return _two_products(lhs, rhs, g, metadata, options)
-
-
-def _two_products(lhs, rhs, g, metadata, options):
+    g = g.astype(lhs.dtype)
     swapped = options.backward(lhs.dtype, not options.transpose_rhs, (0, 2, 1))
     d_lhs = gmm(g, rhs, metadata, swapped)
     if options.transpose_rhs:
-        return d_lhs, tgmm(g, lhs, metadata, options.backward(rhs.dtype, order=(0, 2, 1)))
-    return d_lhs, tgmm(lhs, g, metadata, options.backward(rhs.dtype))
+        d_rhs = tgmm(g, lhs, metadata, options.backward(rhs.dtype, order=(0, 2, 1)))
+    else:
+        d_rhs = tgmm(lhs, g, metadata, options.backward(rhs.dtype))
+    return d_lhs, d_rhs, None
 
 
-def _gradients_forward(lhs, rhs, g, metadata, options):
-    return _gradients(lhs, rhs, g, metadata, options), (lhs, rhs, g, metadata)
-
-
-def _gradients_backward(options, residuals, cotangents):
-    *arrays, metadata = residuals
-    _, vjp = jax.vjp(lambda *x: _two_products(*x, metadata, options), *arrays)
-    return *vjp(cotangents), None
-
-
-_gradients.defvjp(_gradients_forward, _gradients_backward)
+gmm.defvjp(_gmm_forward, _gmm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

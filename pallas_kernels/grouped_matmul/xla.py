@@ -1,14 +1,18 @@
-"""The portable form: a batched product over equal blocks, and a loop over tiles for the rest.
+"""The portable form: equal blocks of all groups in one batched product, tiles for the rest.
 
 The first C rows of every group form one block [g, C, k], multiplied by the weights where they lie.
-Rows beyond C follow in tiles of T rows, one weight slice per tile, in a loop over the tiles in use.
 C is one of a few static capacities, taken at run time from the sizes: about the mean for balanced
-groups, where the batched product runs nearly as fast as a dense one; 0 for very uneven ones.
-No array is larger than rows + groups * T, no work is done for groups times rows.
+groups, 0 for very uneven ones. What lies beyond is cut into tiles of the largest of a few static
+sizes, and at the end of each group one tile of the least size that holds what is left: one copy of
+the group's weights per tile. The tiles of one size are walked by a loop of their own, since control
+flow inside of a loop would copy the result in every turn. No array is larger than the operands
+and the result by more than a few rows per group, and no work is done for groups times rows.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +24,19 @@ from pallas_kernels.grouped_matmul.reference import accumulator
 from pallas_kernels.grouped_matmul.sequential import one_by_one
 
 # Capacities as multiples of the mean group; 0 leaves all rows to the tiles.
-CAPACITIES = (0.0, 1.0, 1.125, 1.25, 1.5)
-# What a tile costs besides its rows, in rows: the weight slice is copied and packed once per tile.
-ROWS_PER_TILE = 128
-LARGEST_TILE = 256
+CAPACITIES = (0.0, 0.625, 0.75, 1.0, 1.03125, 1.0625, 1.125, 1.25)
+SIZES_OF_TILES, LEAST_TILE, LARGEST_TILE = 16, 8, 1024
+
+
+class Costs(NamedTuple):
+    """Of a row of a block, and of a tile besides its rows, in rows of a tile; measured on two
+    cores with 8 weights of 512 x 1024."""
+
+    block_row: float
+    tile: float
+
+
+GMM_COSTS, TGMM_COSTS = Costs(1.3, 120), Costs(1.2, 205)
 
 
 def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> jax.Array:
@@ -31,11 +44,15 @@ def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> 
     del tiling
 
     def product(lhs, rhs, metadata):
-        branches = [
-            functools.partial(_gmm, capacity, transpose_rhs, out_dtype)
-            for capacity in _capacities(metadata)
-        ]
-        return lax.switch(_cheapest(metadata), branches, lhs, rhs, metadata)
+        def multiply_block(block):
+            return block.rows(_multiply(block.of(lhs), rhs, transpose_rhs), out_dtype)
+
+        def multiply_tile(tile, out):
+            rows = _multiply(tile.rows(lhs), tile.of_group(rhs), transpose_rhs)
+            return tile.put(out, rows.astype(out_dtype))
+
+        rows = _Rows(metadata, GMM_COSTS)
+        return rows.over_tiles(multiply_tile, rows.from_block(multiply_block))
 
     return one_by_one(product)(lhs, rhs, metadata)
 
@@ -45,81 +62,33 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
     del tiling
 
     def product(lhs, dout, metadata):
-        branches = [
-            functools.partial(_tgmm, capacity, out_dtype) for capacity in _capacities(metadata)
-        ]
-        return lax.switch(_cheapest(metadata), branches, lhs, dout, metadata)
+        def multiply_block(block):
+            return _outer(block.of(lhs), block.of(dout))
+
+        def multiply_tile(tile, out):
+            return tile.add(out, _outer(tile.own_rows(lhs), tile.own_rows(dout)))
+
+        rows = _Rows(metadata, TGMM_COSTS)
+        return rows.over_tiles(multiply_tile, rows.from_block(multiply_block)).astype(out_dtype)
 
     return one_by_one(product)(lhs, dout, metadata)
 
 
-def gradients(lhs, rhs, dout, metadata: GroupMetadata, transpose_rhs) -> tuple:
-    """Both gradients of `gmm` at `dout`, which is brought into blocks once for the two."""
-
-    def products(lhs, rhs, dout, metadata):
-        branches = [
-            functools.partial(_gradients, capacity, transpose_rhs)
-            for capacity in _capacities(metadata)
-        ]
-        return lax.switch(_cheapest(metadata), branches, lhs, rhs, dout, metadata)
-
-    return one_by_one(products)(lhs, rhs, dout, metadata)
+def _multiply(rows, weight, transpose: bool) -> jax.Array:
+    """[..., C, k] by [..., k, n], or [..., n, k] transposed."""
+    batch = tuple(range(rows.ndim - 2))
+    contracted = ((rows.ndim - 1,), (rows.ndim - 1 if transpose else rows.ndim - 2,))
+    return _dot(rows, weight, (contracted, (batch, batch)))
 
 
-def _gradients(capacity, transpose_rhs, lhs, rhs, dout, metadata) -> tuple:
-    d_lhs = _gmm(capacity, not transpose_rhs, lhs.dtype, dout, rhs, metadata)
-    pair = (dout, lhs) if transpose_rhs else (lhs, dout)
-    return d_lhs, _tgmm(capacity, rhs.dtype, *pair, metadata)
+def _outer(lhs, rhs) -> jax.Array:
+    """[..., C, k] transposed by [..., C, n]."""
+    batch, row = tuple(range(lhs.ndim - 2)), (lhs.ndim - 2,)
+    return _dot(lhs, rhs, ((row, row), (batch, batch)))
 
 
-def _gmm(capacity, transpose_rhs, out_dtype, lhs, rhs, metadata) -> jax.Array:
-    contracted, columns = (2, 1) if transpose_rhs else (1, 2)
-    tiles = _Tiles(metadata, capacity)
-    if capacity:
-        product = _dot(_block(lhs, metadata, capacity), rhs, (((2,), (contracted,)), ((0,), (0,))))
-        out = _from_block(product.astype(out_dtype), metadata)
-    else:
-        out = jnp.zeros((lhs.shape[0], rhs.shape[columns]), out_dtype)
-
-    def multiply_tile(index, out):
-        weight = lax.dynamic_index_in_dim(rhs, tiles.groups[index], keepdims=False)
-        start, own = tiles.rows(index)
-        rows = lax.dynamic_slice_in_dim(lhs, start, tiles.size)
-        product = _dot(rows, weight, (((1,), (contracted - 1,)), ((), ())))
-        others = lax.dynamic_slice_in_dim(out, start, tiles.size)
-        product = jnp.where(own[:, None], product.astype(out_dtype), others)
-        return lax.dynamic_update_slice_in_dim(out, product, start, 0)
-
-    return lax.fori_loop(0, tiles.number, multiply_tile, out)
-
-
-def _from_block(block, metadata) -> jax.Array:
-    """Rows [m, n] from blocks [g, C, n], 0 where a row is in no block."""
-    num_groups, capacity, num_columns = block.shape
-    group = jnp.minimum(metadata.row_groups, np.int32(num_groups - 1))
-    position = jnp.arange(metadata.num_rows, dtype=jnp.int32) - metadata.starts[group]
-    inside = (position < capacity) & (metadata.row_groups < num_groups)
-    source = group * capacity + jnp.clip(position, 0, capacity - 1)
-    rows = _take(block.reshape(-1, num_columns), source)
-    return jnp.where(inside[:, None], rows, jnp.zeros((), block.dtype))
-
-
-def _tgmm(capacity, out_dtype, lhs, dout, metadata) -> jax.Array:
-    tiles = _Tiles(metadata, capacity)
-    if capacity:
-        blocks = [_block(x, metadata, capacity) for x in (lhs, dout)]
-        out = _dot(*blocks, (((1,), (1,)), ((0,), (0,))))
-    else:
-        shape = (metadata.num_local_groups, lhs.shape[1], dout.shape[1])
-        out = jnp.zeros(shape, accumulator(lhs.dtype))
-
-    def add_tile(index, out):
-        start, own = tiles.rows(index)
-        rows = [_only(own, lax.dynamic_slice_in_dim(x, start, tiles.size)) for x in (lhs, dout)]
-        product = _dot(*rows, (((0,), (0,)), ((), ())))
-        return out.at[tiles.groups[index]].add(product, mode="promise_in_bounds")
-
-    return lax.fori_loop(0, tiles.number, add_tile, out).astype(out_dtype)
+def _dot(lhs, rhs, numbers) -> jax.Array:
+    return lax.dot_general(lhs, rhs, numbers, preferred_element_type=accumulator(lhs.dtype))
 
 
 def _only(own, x) -> jax.Array:
@@ -127,46 +96,115 @@ def _only(own, x) -> jax.Array:
     return jnp.where(own[..., None], x, jnp.zeros((), x.dtype))
 
 
-def _dot(lhs, rhs, numbers) -> jax.Array:
-    return lax.dot_general(lhs, rhs, numbers, preferred_element_type=accumulator(lhs.dtype))
+class _Block:
+    """The first `capacity` rows of every group."""
+
+    def __init__(self, capacity: int, metadata: GroupMetadata):
+        self._capacity, self._metadata = capacity, metadata
+
+    def of(self, x) -> jax.Array:
+        """[g, capacity, width] from rows [m, width], 0 behind the last of a group."""
+        slot = jnp.arange(self._capacity, dtype=jnp.int32)[None]
+        rows = x.at[self._metadata.starts[:, None] + slot].get(mode="clip")
+        return _only(slot < self._metadata.sizes[:, None], rows)
+
+    def rows(self, block, dtype) -> jax.Array:
+        """Rows [m, width] from a block, 0 where a row is in none."""
+        num_groups, num_rows = len(self._metadata.sizes), self._metadata.num_rows
+        if not self._capacity:
+            return jnp.zeros((num_rows, block.shape[2]), dtype)
+        group = jnp.minimum(self._metadata.row_groups, np.int32(num_groups - 1))
+        position = jnp.arange(num_rows, dtype=jnp.int32) - self._metadata.starts[group]
+        inside = (position < self._capacity) & (self._metadata.row_groups < num_groups)
+        source = group * self._capacity + jnp.clip(position, 0, self._capacity - 1)
+        flat = block.astype(dtype).reshape(-1, block.shape[2])
+        return _only(inside, flat.at[source].get(mode="clip"))
 
 
-def _take(x, rows) -> jax.Array:
-    return x.at[rows].get(mode="clip")
+class _Tile:
+    """Rows of one group, as a slice of `size` rows that may hold rows of others too."""
+
+    def __init__(self, group, begin, end, size: int, num_rows: int):
+        self._group, self._size = group, size
+        self._start = jnp.minimum(begin, np.int32(num_rows - size))
+        row = self._start + jnp.arange(size, dtype=jnp.int32)
+        self._own = (row >= begin) & (row < end)
+
+    def rows(self, x) -> jax.Array:
+        """Rows [size, width] of x [m, width]."""
+        return lax.dynamic_slice_in_dim(x, self._start, self._size)
+
+    def own_rows(self, x) -> jax.Array:
+        """`rows`, 0 where they are another group's."""
+        return _only(self._own, self.rows(x))
+
+    def of_group(self, x) -> jax.Array:
+        """The group's slice of x [g, ...]."""
+        return lax.dynamic_index_in_dim(x, self._group, keepdims=False)
+
+    def put(self, out, rows) -> jax.Array:
+        """out [m, width] with the group's own of `rows`."""
+        rows = jnp.where(self._own[:, None], rows, self.rows(out))
+        return lax.dynamic_update_slice_in_dim(out, rows, self._start, 0)
+
+    def add(self, out, product) -> jax.Array:
+        """out [g, ...] with `product` added to the group's slice."""
+        product = self.of_group(out) + product
+        return lax.dynamic_update_index_in_dim(out, product, self._group, 0)
 
 
-def _block(x, metadata, capacity: int) -> jax.Array:
-    """The first `capacity` rows of every group, 0 behind its last: [g, capacity, width]."""
-    slot = jnp.arange(capacity, dtype=jnp.int32)[None]
-    return _only(slot < metadata.sizes[:, None], _take(x, metadata.starts[:, None] + slot))
+class _Rows:
+    """The rows of all local groups: a block of the cheapest capacity, and tiles."""
 
+    def __init__(self, metadata: GroupMetadata, costs: Costs):
+        self._metadata, self._sizes = metadata, _tile_sizes(metadata)
+        capacities = _capacities(metadata)
+        cost = jnp.stack([self._cost(capacity, costs) for capacity in capacities])
+        self._choice = jnp.argmin(cost).astype(jnp.int32)
+        self._rest = self._beyond(jnp.asarray(capacities, jnp.int32)[self._choice])
 
-class _Tiles:
-    """The rows of every group beyond the first `capacity`, cut into tiles of `size`.
+    def _beyond(self, capacity) -> jax.Array:
+        return jnp.maximum(self._metadata.sizes - capacity, 0)
 
-    groups[tile]: the group of each tile. number: how many tiles are in use.
-    """
+    def _cost(self, capacity: int, costs: Costs) -> jax.Array:
+        rest, step, largest = self._beyond(capacity), self._sizes[0], self._sizes[-1]
+        rows = step * (-(-rest // step)).sum(dtype=jnp.int32).astype(jnp.float32)
+        tiles = (-(-rest // largest)).sum(dtype=jnp.int32).astype(jnp.float32)
+        return costs.block_row * capacity * len(rest) + rows + costs.tile * tiles
 
-    def __init__(self, metadata: GroupMetadata, capacity: int):
-        self.size = _tile_rows(metadata)
-        rest = jnp.maximum(metadata.sizes - capacity, 0)
-        count = -(-rest // self.size)
-        behind = jnp.cumsum(count, dtype=jnp.int32)
-        self.number = behind[-1]
-        length = metadata.num_rows // self.size + metadata.num_local_groups
-        tile = jnp.arange(length, dtype=jnp.int32)
-        group = jnp.searchsorted(behind, tile, side="right").astype(jnp.int32)
-        self.groups = jnp.minimum(group, np.int32(metadata.num_local_groups - 1))
-        done = (tile - (behind - count)[self.groups]) * self.size
-        self._first = metadata.starts[self.groups] + capacity + done
-        self._behind = (metadata.starts + metadata.sizes)[self.groups]
-        self._last_start = metadata.num_rows - self.size
+    def from_block(self, product: Callable[[_Block], jax.Array]) -> jax.Array:
+        """`product(block)` of the capacity in use."""
+        blocks = [_Block(capacity, self._metadata) for capacity in _capacities(self._metadata)]
+        return lax.switch(self._choice, [functools.partial(product, block) for block in blocks])
 
-    def rows(self, index) -> tuple[jax.Array, jax.Array]:
-        """First row of a slice of `size` rows that holds the tile, and which rows are its own."""
-        start = jnp.minimum(self._first[index], np.int32(self._last_start))
-        row = start + jnp.arange(self.size, dtype=jnp.int32)
-        return start, (row >= self._first[index]) & (row < self._behind[index])
+    def over_tiles(self, body: Callable[[_Tile, jax.Array], jax.Array], out) -> jax.Array:
+        """The carry after `body(tile, carry)` for all tiles."""
+        metadata, sizes = self._metadata, self._sizes
+        largest, ends = sizes[-1], metadata.starts + metadata.sizes
+        whole = self._rest // largest
+        begins, behind = ends - self._rest, ends - self._rest + whole * largest
+
+        # What is left of the groups behind their whole tiles, groups with the same size in a row.
+        kind = jnp.searchsorted(np.asarray(sizes, np.int32), ends - behind, side="left")
+        kind = jnp.where(ends > behind, kind.astype(jnp.int32), np.int32(len(sizes)))
+        groups = jnp.argsort(kind).astype(jnp.int32)
+        bounds = jnp.searchsorted(kind[groups], np.arange(len(sizes) + 1, dtype=np.int32))
+
+        def walk(size, groups, begins, index, out):
+            group = groups[index]
+            tile = _Tile(group, begins[index], ends[group], size, metadata.num_rows)
+            return body(tile, out)
+
+        for index, size in enumerate(sizes):
+            step = functools.partial(walk, size, groups, behind[groups])
+            out = lax.fori_loop(bounds[index], bounds[index + 1], step, out)
+
+        last = jnp.cumsum(whole, dtype=jnp.int32)
+        tile = jnp.arange(metadata.num_rows // largest, dtype=jnp.int32)
+        groups = jnp.searchsorted(last, tile, side="right").astype(jnp.int32)
+        groups = jnp.minimum(groups, np.int32(metadata.num_local_groups - 1))
+        first = begins[groups] + (tile - (last - whole)[groups]) * largest
+        return lax.fori_loop(0, last[-1], functools.partial(walk, largest, groups, first), out)
 
 
 def _mean(metadata: GroupMetadata) -> float:
@@ -180,18 +218,9 @@ def _capacities(metadata: GroupMetadata) -> tuple[int, ...]:
     return tuple(sorted({rounded(factor) for factor in CAPACITIES}))
 
 
-def _tile_rows(metadata: GroupMetadata) -> int:
-    """A power of two between 16 and LARGEST_TILE, about the mean size of a group."""
-    rows = max(16, 1 << int(math.log2(max(_mean(metadata), 1))))
-    return min(rows, LARGEST_TILE, metadata.num_rows)
-
-
-def _cheapest(metadata: GroupMetadata) -> jax.Array:
-    """Index of the capacity with the least rows to multiply, tiles weighted by their overhead."""
-    tile_rows = _tile_rows(metadata)
-    costs = []
-    for capacity in _capacities(metadata):
-        rest = jnp.maximum(metadata.sizes - capacity, 0)
-        tiles = (-(-rest // tile_rows)).sum(dtype=jnp.int32).astype(jnp.float32)
-        costs.append(tiles * (tile_rows + ROWS_PER_TILE) + capacity * len(metadata.sizes))
-    return jnp.argmin(jnp.stack(costs)).astype(jnp.int32)
+def _tile_sizes(metadata: GroupMetadata) -> tuple[int, ...]:
+    """Multiples of a power of two up to about twice the mean size of a group."""
+    largest = min(max(2 << round(math.log2(max(_mean(metadata), 1))), LEAST_TILE), LARGEST_TILE)
+    step = max(largest // SIZES_OF_TILES, LEAST_TILE)
+    sizes = range(step, largest + 1, step)
+    return tuple(sorted({min(size, metadata.num_rows) for size in sizes}))
