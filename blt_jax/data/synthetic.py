@@ -248,8 +248,8 @@ def _row(ids: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-EVENT = 4
-"""Ids of a line or a question of `key_value_rows`."""
+EVENT, VALUE = 4, 2
+"""Ids of a line or a question of `key_value_rows`, and how many of them, its last, are a value."""
 
 
 def key_value_rows(
@@ -257,51 +257,46 @@ def key_value_rows(
     seed: tuple[int, ...],
     *,
     lines: int,
-    num_keys: int,
-    num_values: int,
+    num_symbols: int,
     distance: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Lines "key = value" in turn with questions "? key value": batch [rows, 2 EVENT lines].
+    """Lines "! key value" in turn with questions "? key value": batch [rows, 2 EVENT lines].
 
     Each line is followed by a question about the line `distance` lines back (0: the last one), or
-    with distance < 0 about any line before it whose key did not come again. Keys are drawn so that
-    none of the last num_keys / 2 repeats. Only answers count. Ids: 0 end of line, 1 "=", 2 "?",
-    then the keys, then the values.
+    with distance < 0 about any of the row. A key is one symbol, which none of the last
+    num_symbols / 2 lines had, a value any two. Only answers count: once a key is found again, the
+    second id of its value is found in the same way. Ids: 0 "!", 1 "?", then the symbols.
     """
-    for name, value in (("lines", lines), ("num_values", num_values)):
-        _check_at_least(name, value, 1)
-    _check_at_least("num_keys", num_keys, max(4, 2 * (distance + 1)))
+    _check_at_least("lines", lines, 1)
+    _check_at_least("num_symbols", num_symbols, max(4, 2 * (distance + 1)))
     rows = [
-        _key_value_ids(np.random.default_rng((*seed, i)), lines, num_keys, num_values, distance)
+        _key_value_ids(np.random.default_rng((*seed, i)), lines, num_symbols, distance)
         for i in numbers
     ]
     batch = _row(np.stack([np.append(row, 0) for row in rows]).astype(np.int32))
-    # The answer is the third id of every second event; the target stands one place earlier.
-    asked = np.arange(2 * EVENT * lines) % (2 * EVENT) == EVENT + 1
-    asked = np.broadcast_to(asked, batch["tokens"].shape)
-    line = np.arange(2 * EVENT * lines)[None, :] // (2 * EVENT)
+    # A target stands one place earlier than its id.
+    place = np.arange(2 * EVENT * lines)
+    asked = np.broadcast_to((place + 1) % (2 * EVENT) >= 2 * EVENT - VALUE, batch["tokens"].shape)
     return {
         **batch,
-        "target_mask": asked & (line >= distance),
+        "target_mask": asked & (place // (2 * EVENT) >= distance)[None],
         "target_bytes": asked.astype(np.int32),
     }
 
 
-def _key_value_ids(generator, lines, num_keys, num_values, distance) -> np.ndarray:
-    recent: list[int] = []
-    pairs, ids = [], []
+def _key_value_ids(generator, lines, num_symbols, distance) -> np.ndarray:
+    known, free = [], list(range(num_symbols))
+    values = generator.integers(num_symbols, size=(lines, VALUE))
+    ids = []
     for number in range(lines):
-        free = np.setdiff1d(np.arange(num_keys), recent[-(num_keys // 2) :])
-        key, value = int(generator.choice(free)), int(generator.integers(num_values))
-        recent.append(key)
-        pairs.append((key, value))
+        if number > num_symbols // 2:
+            free.append(known[number - num_symbols // 2 - 1][0])
+        known.append((free.pop(int(generator.integers(len(free)))), *values[number]))
         back = distance
         if distance < 0:
-            back = int(generator.integers(min(number + 1, num_keys // 2)))
-        asked, answer = pairs[max(number - back, 0)]
-        ids += [3 + key, 1, 3 + num_keys + value, 0]
-        ids += [2, 3 + asked, 3 + num_keys + answer, 0]
-    return np.asarray(ids)
+            back = int(generator.integers(min(number + 1, num_symbols // 2)))
+        ids += [-2, *known[number], -1, *known[max(number - back, 0)]]
+    return np.asarray(ids) + 2
 
 
 def _word(generator: np.random.Generator, length: int) -> str:

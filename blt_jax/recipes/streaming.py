@@ -16,6 +16,7 @@ from blt_jax.data.loader import DataConfig, evaluation_config, open_documents
 from blt_jax.data.sources import Split
 from blt_jax.data.synthetic import (
     EVENT,
+    VALUE,
     Bigrams,
     GeneratedBatches,
     backcopy_rows,
@@ -273,8 +274,7 @@ class StreamEval(Pretraining):
     questions in the first half, when caches are filling, do not count.
     """
 
-    num_keys: int = 64
-    num_values: int = 16
+    num_symbols: int = 64
     modes: Modes = ()
     distances: tuple[int, ...] = (0, 1, 2, 4, 6, 8, 12, 16)
     num_streams: int = 16
@@ -288,21 +288,21 @@ class StreamEval(Pretraining):
                 f"StreamEval.data.sequence_length={self.data.sequence_length}: must be a multiple "
                 f"of {2 * EVENT}"
             )
-        if self.model.vocab_size < 3 + self.num_keys + self.num_values:
+        if self.model.vocab_size < 2 + self.num_symbols:
             raise ValueError(
                 f"StreamEval.model.vocab_size={self.model.vocab_size}: must be >= "
-                f"{3 + self.num_keys + self.num_values}"
+                f"num_symbols + 2 = {2 + self.num_symbols}"
             )
         if not self.distances or not 0 <= min(self.distances) <= max(self.distances):
             raise ValueError(f"StreamEval.distances={self.distances}: must be >= 0, not empty")
-        if max(self.distances) >= min(self.stream_lines, self.num_keys // 2):
+        if max(self.distances) >= min(self.stream_lines, self.num_symbols // 2):
             raise ValueError(
                 f"StreamEval.distances={self.distances}: must be below "
-                f"stream_lines={self.stream_lines} and half of num_keys={self.num_keys}"
+                f"stream_lines={self.stream_lines} and half of num_symbols={self.num_symbols}"
             )
 
     def run(self, context: Context) -> dict[str, float]:
-        """`accuracy_<mode>_<distance in tokens>`: exact matches of the answers."""
+        """`accuracy_<mode>_<distance in tokens>`: answers with every id right."""
         fit = self.fit(context, batches=lambda data, rows: self._batches(data, -1, rows))
         numbers, lines = dict(fit.metrics), {name: [] for name, _ in self.modes}
         streams = evaluation_config(
@@ -312,26 +312,26 @@ class StreamEval(Pretraining):
             batch = next(self._batches(streams, distance))
             tokens = whole_rows(batch)
             scores, _ = scores_by_mode(fit.model, fit.params, self.modes, tokens)
-            late = batch["target_mask"][:, tokens.shape[1] // 2 :]
+            half = tokens.shape[1] // 2
+            late = batch["target_mask"][:, half:]
             for name, found in scores.items():
-                accuracy = float(found.correct[:, tokens.shape[1] // 2 :][late].mean())
+                right = found.correct[:, half:][late].reshape(-1, VALUE).all(axis=1)
+                accuracy = float(right.mean())
                 numbers[f"accuracy_{name}_{self.tokens_back(distance)}"] = accuracy
                 lines[name].append(accuracy)
         context.writer.figure("accuracy_by_distance", self._figure(lines))
         return numbers
 
     def tokens_back(self, distance: int) -> int:
-        """Tokens from a line's value to the token that predicts the answer."""
+        """Tokens from a line's value to the token that predicts the answer, from their firsts."""
         return 2 * EVENT * distance + EVENT - 1
 
     def _batches(
         self, data: DataConfig, distance: int, rows: Sequence[int] | None = None
     ) -> GeneratedBatches:
-        sizes = dict(num_keys=self.num_keys, num_values=self.num_values, distance=distance)
-
         def make(numbers: Sequence[int], seed: tuple[int, ...]) -> dict[str, np.ndarray]:
-            lines = data.sequence_length // (2 * EVENT)
-            return key_value_rows(numbers, seed, lines=lines, **sizes)
+            task = dict(lines=data.sequence_length // (2 * EVENT), num_symbols=self.num_symbols)
+            return key_value_rows(numbers, seed, **task, distance=distance)
 
         return GeneratedBatches(data, make, rows)
 
@@ -343,7 +343,8 @@ class StreamEval(Pretraining):
         back = [self.tokens_back(distance) for distance in self.distances]
         for name, values in lines.items():
             axes.plot(back, values, marker=".", label=name)
-        axes.axhline(1 / self.num_values, color="grey", linestyle=":", label="chance")
+        chance = self.num_symbols**-VALUE
+        axes.axhline(chance, color="grey", linestyle=":", label="chance")
         axes.set_xlabel("tokens between the line and the answer")
         axes.set_ylabel("exact matches")
         axes.grid(alpha=0.3)

@@ -102,22 +102,26 @@ def test_backcopy_rows(bos):
 
 @pytest.mark.parametrize("distance", [-1, 0, 3])
 def test_key_value_rows(distance):
-    sizes = dict(lines=12, num_keys=16, num_values=5, distance=distance)
+    sizes = dict(lines=12, num_symbols=16, distance=distance)
     batch = synthetic.key_value_rows(range(4), (7,), **sizes)
     assert batch["tokens"].shape == (4, 96)
-    for ids, mask in zip(batch["tokens"], batch["target_mask"], strict=True):
+    for ids, targets, mask in zip(
+        batch["tokens"], batch["targets"], batch["target_mask"], strict=True
+    ):
         events = ids.reshape(12, 2, 4)
         lines, questions = events[:, 0], events[:, 1]
-        assert (lines[:, 1] == 1).all() and (questions[:, 0] == 2).all()
-        for number, (_, key, value, _) in enumerate(questions):
-            earlier = [i for i in range(number + 1) if lines[i, 0] == key]
-            assert lines[earlier[-1], 2] == value
+        assert (lines[:, 0] == 0).all() and (questions[:, 0] == 1).all()
+        assert (events[:, :, 1:] >= 2).all() and (events < 18).all()
+        for number, (_, key, *value) in enumerate(questions):
+            earlier = [i for i in range(number + 1) if lines[i, 1] == key]
+            assert lines[earlier[-1], 2:].tolist() == value
             if distance >= 0 and number >= distance:
                 assert number - earlier[-1] == distance
-        asked = np.flatnonzero(mask)
-        assert (asked % 8 == 5).all() and len(asked) == 12 - max(distance, 0)
-    with pytest.raises(ValueError, match="num_keys is 4; it must be at least 8"):
-        synthetic.key_value_rows([0], (7,), lines=9, num_keys=4, num_values=2, distance=3)
+            assert len(set(lines[max(number - 8, 0) : number + 1, 1])) == min(number + 1, 9)
+        counted = targets[mask].reshape(-1, 2)
+        assert (counted == questions[max(distance, 0) :, 2:]).all()
+    with pytest.raises(ValueError, match="num_symbols is 4; it must be at least 8"):
+        synthetic.key_value_rows([0], (7,), lines=9, num_symbols=4, distance=3)
 
 
 def test_generated_batches_go_on_and_differ_between_splits():

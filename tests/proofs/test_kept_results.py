@@ -117,6 +117,15 @@ def test_streaming_llm_text_needs_a_cache_of_fixed_size():
     assert max(cached) + 0.3 < numbers["nats_sinks_original"] < numbers["nats_dense"] - 2
 
 
+def test_stream_eval_answers_inside_the_cache_and_not_beyond():
+    numbers = json.loads((RESULTS / "streaming_llm_stream_eval.json").read_text())["numbers"]
+    assert numbers["accuracy"] > 0.95
+    for mode in ("window", "recompute", "sinks"):
+        assert min(numbers[f"accuracy_{mode}_{back}"] for back in (3, 11, 19, 35, 51)) > 0.9
+        assert max(numbers[f"accuracy_{mode}_{back}"] for back in (67, 99, 131)) < 0.03
+    assert max(value for name, value in numbers.items() if "accuracy_dense" in name) < 0.03
+
+
 def test_contrastive_decoding_proof_shows_the_gain_of_weak_amateurs():
     file = RESULTS / "contrastive_decoding_proof.json"
     check_contrastive_decoding(json.loads(file.read_text())["numbers"])

@@ -1,4 +1,4 @@
-"""The backcopy recipe: training on the same rows again and again, held-out rows new."""
+"""The recipes of streams: backcopy on the same rows again and again, and refused settings."""
 
 import dataclasses
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from blt_jax.data.loader import evaluation_config
+from blt_jax.data.loader import DataConfig, evaluation_config
 from blt_jax.recipes.streaming import Backcopy
 from blt_jax.train.launch import load_experiment_file, run_experiment
 
@@ -47,3 +47,18 @@ def test_training_rows_come_again_and_held_out_rows_do_not(smoke, monkeypatch, t
 def test_negative_training_rows_are_refused(smoke):
     with pytest.raises(ValueError, match=r"Backcopy\.training_rows=-1: must be >= 0"):
         dataclasses.replace(smoke, training_rows=-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_symbols=65), r"StreamEval\.model\.vocab_size=66: must be >= num_symbols \+ 2"),
+        (dict(distances=()), r"StreamEval\.distances=\(\): must be >= 0, not empty"),
+        (dict(distances=(0, 32)), "must be below stream_lines=128 and half of num_symbols=64"),
+        (dict(data=DataConfig(sequence_length=60)), "sequence_length=60: must be a multiple of 8"),
+    ],
+)
+def test_bad_stream_eval(change, message):
+    runs = load_experiment_file(ROOT / "experiments" / "streaming_llm.py")
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(runs.stream_eval(), **change)
