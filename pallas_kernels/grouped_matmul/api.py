@@ -9,11 +9,14 @@ anything, NaN included. An empty group has the weight gradient 0. Negative sizes
 past m are cut off; under `jax.experimental.checkify` both are errors.
 
 Sums are taken in float32 (float64 for float64). Differentiable in every floating-point argument, in
-reverse mode, to any order.
+reverse mode, to any order. Under `jax.checkpoint`, the policy `save_only_these_names("gmm",
+"routing")` keeps what `gmm` returns (before the activation) and the order of the rows
+(`sort_by_expert`), so that the backward pass repeats neither a product nor the sort.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import dispatch
@@ -108,8 +111,9 @@ def gmm(
         transpose_rhs=transpose_rhs,
         tiling=tiling,
     )
-    product = vjp.swiglu if activation else vjp.gmm
-    return product(lhs, rhs, metadata, options)
+    if activation:
+        return vjp.swiglu(lhs, rhs, metadata, options)
+    return checkpoint_name(vjp.gmm(lhs, rhs, metadata, options), "gmm")
 
 
 def tgmm(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from pallas_kernels.arguments import integers, whole
@@ -44,7 +45,8 @@ def sort_by_expert(expert_ids: ArrayLike, num_experts: int) -> Routing:
     behind = jnp.searchsorted(
         sorted_ids, jnp.arange(num_experts, dtype=jnp.int32), side="right"
     ).astype(jnp.int32)
-    return Routing(order, inverse.reshape(expert_ids.shape), jnp.diff(behind, prepend=np.int32(0)))
+    sizes = jnp.diff(behind, prepend=np.int32(0))
+    return checkpoint_name(Routing(order, inverse.reshape(expert_ids.shape), sizes), "routing")
 
 
 @jax.custom_vjp

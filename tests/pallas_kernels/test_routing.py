@@ -1,9 +1,11 @@
 """Tokens to rows sorted by expert and back; experts spread over a mesh axis."""
 
+import collections
 import functools
 import sys
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -95,6 +97,62 @@ def dense_ffn(x, ids, weights, gate_up, down):
     out = jnp.einsum("tef,efd->ted", jax.nn.silu(gate) * up, down, precision="highest")
     chosen = ids[..., None] == jnp.arange(EXPERTS)[None, None]
     return jnp.einsum("tk,tke,ted->td", weights, chosen.astype(x.dtype), out, precision="highest")
+
+
+def local_ffn(x, ids, weights, gate_up, down, implementation=None):
+    """The MLP with all experts on one device."""
+    routing = pallas_kernels.sort_by_expert(ids, EXPERTS)
+    groups = pallas_kernels.make_group_metadata(routing.group_sizes, ids.size)
+    product = functools.partial(
+        pallas_kernels.gmm, group_sizes=groups, implementation=implementation
+    )
+    hidden = product(pallas_kernels.sort_rows(x, routing), gate_up, activation="swiglu")
+    return pallas_kernels.unsort_rows(product(hidden, down), weights, routing)
+
+
+def gradients_under(policy, implementation):
+    """Of the experts' MLP, the layer before it included, in x, the weights and the matrices."""
+
+    def loss(x, ids, *others):
+        return local_ffn(jnp.tanh(x), ids, *others, implementation=implementation).sum()
+
+    return jax.grad(jax.checkpoint(loss, policy=policy), (0, 2, 3, 4))
+
+
+def counted(jaxpr):
+    """How often the kernels and sorts by name occur anywhere in a jaxpr."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "pallas_call":
+            name = equation.params["name"]
+        found[name] += 1
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += counted(inner)
+    return {name: found[name] for name in ("gmm", "tgmm", "sort")}
+
+
+class TestRemat:
+    @pytest.mark.parametrize(
+        ("names", "expected"),
+        [
+            (("gmm", "routing"), dict(gmm=4, tgmm=2, sort=1)),  # two forward, two backward
+            (("gmm",), dict(gmm=4, tgmm=2, sort=2)),
+            ((), dict(gmm=6, tgmm=2, sort=2)),
+        ],
+    )
+    def test_saved_products_are_not_repeated(self, names, expected):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        jaxpr = jax.make_jaxpr(gradients_under(policy, "tpu"))(*moe_arguments())
+        assert counted(jaxpr.jaxpr) == expected
+
+    def test_gradients_are_the_same(self):
+        save = jax.checkpoint_policies.save_only_these_names("gmm", "routing")
+        found, expected = (
+            jax.jit(gradients_under(policy, "ragged_dot"))(*moe_arguments())
+            for policy in (save, jax.checkpoint_policies.everything_saveable)
+        )
+        assert_all_close(found, expected, 1e-6)
 
 
 def spread_ffn(mesh, **options):
