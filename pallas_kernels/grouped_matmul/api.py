@@ -177,19 +177,24 @@ def _metadata(group_sizes, num_rows, group_offset, num_local_groups, tiling) -> 
 def _tiling(tiling) -> tuple[int, int, int] | None:
     if tiling is None:
         return None
+    if not isinstance(tiling, tuple | list):
+        raise TypeError(f"tiling={tiling!r} must be (rows, contracted width, columns) or None")
     if len(tiling) != 3:
         raise ValueError(f"tiling={tiling!r} must be (rows, contracted width, columns)")
     return tuple(_within("tiling", size, 8, 2**16) for size in tiling)
 
 
 def _result_dtype(preferred, lhs: jax.Array):
-    dtype = jnp.dtype(lhs.dtype if preferred is None else preferred)
+    try:
+        dtype = jnp.dtype(lhs.dtype if preferred is None else preferred)
+    except TypeError as error:
+        raise TypeError(f"preferred_element_type={preferred!r} is no dtype") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"preferred_element_type={dtype}; a floating-point dtype is needed")
     return dtype
 
 
-def _integers(name: str, x: ArrayLike, rank: int) -> jax.Array:
+def _integers(name: str, x, rank: int) -> jax.Array:
     x = integers(name, x)
     if x.ndim != rank or 0 in x.shape:
         needed = "a scalar" if rank == 0 else f"{rank} axis of at least 1"

@@ -519,7 +519,19 @@ class TestArguments:
             (dict(state=(s.astype(np.complex64), s)), TypeError, r"state\[0\] has dtype complex64"),
             (dict(reset=np.zeros((2, 3), int)), TypeError, "reset has dtype int.*; bool is needed"),
             (dict(reset=np.zeros((2, 4), bool)), ValueError, r"reset has shape \(2, 4\); \(2, 3\)"),
+            (dict(x=None), TypeError, "x=None is no array"),
+            (dict(decay_re=c[0]), ValueError, r"decay_re has shape \(5,\); 2 axes are needed"),
+            (dict(decay_im=()), ValueError, r"decay_im has shape \(0,\)"),
+            (dict(output_re={}), TypeError, "output_re={} is no array"),
+            (dict(state=s), TypeError, "must be a pair of arrays"),
+            (dict(state=(s, None)), TypeError, r"state\[1\]=None is no array"),
+            (dict(state=(s[0], s[0])), ValueError, r"state\[0\] has shape \(4, 5\); 3 axes"),
+            (dict(state=(s, s.astype(int))), TypeError, r"state\[1\] has dtype int"),
+            (dict(reset=np.zeros(3, bool)), ValueError, r"reset has shape \(3,\); \(2, 3\)"),
+            (dict(reset={}), TypeError, "reset={} is no array"),
             (dict(implementation="cuda"), ValueError, "implementation='cuda' is unknown"),
+            (dict(implementation=2), TypeError, "implementation=2 must be None or a string"),
+            (dict(implementation="interpret_gpu"), ValueError, "is unknown; allowed are None"),
             (
                 dict(implementation="fft", reset=np.zeros((2, 3), bool)),
                 NotImplementedError,
@@ -530,8 +542,10 @@ class TestArguments:
     def test_errors(self, change, error, message):
         names = ("decay_re", "decay_im", "input_coeff", "output_re", "output_im")
         arguments = dict(x=self.x, **{name: self.c for name in names}) | change
+        # Past the annotations, which only tests check.
+        operation = pallas_kernels.cema_scan
         with pytest.raises(error, match=message):
-            pallas_kernels.cema_scan(**arguments)
+            getattr(operation, "__wrapped__", operation)(**arguments)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,36 @@ class TestRouting:
         with pytest.raises(error, match=message):
             pallas_kernels.sort_by_expert(ids, experts)
 
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                dict(x=np.zeros((8, 3), "f")),
+                ValueError,
+                r"x has shape \(8, 3\); \[9, D\] is needed",
+            ),
+            (dict(x=np.zeros(9, "f")), ValueError, r"x has shape \(9,\)"),
+            (dict(x=None), TypeError, "x=None is no array"),
+            (dict(rows=np.zeros((9, 3), "f")), ValueError, r"rows has shape \(9, 3\); \[18, D\]"),
+            (dict(rows=np.zeros((18, 3), int)), TypeError, "rows has dtype int"),
+            (dict(weights=np.zeros((9, 1), "f")), ValueError, r"weights has .* \(9, 2\) is needed"),
+            (dict(weights=np.zeros((9, 2), int)), TypeError, "weights has dtype int"),
+            (dict(routing=np.zeros((9, 2), int)), TypeError, "must be what sort_by_expert returns"),
+        ],
+    )
+    def test_errors_of_rows(self, change, error, message):
+        rows, weights = np.zeros((18, 3), "f"), np.zeros((9, 2), "f")
+        routing = pallas_kernels.sort_by_expert(np.zeros((9, 2), np.int32), 4)
+        a = dict(x=np.zeros((9, 3), "f"), rows=rows, weights=weights, routing=routing) | change
+        sort, unsort = (
+            # Past the annotations, which only tests check.
+            getattr(f, "__wrapped__", f)
+            for f in (pallas_kernels.sort_rows, pallas_kernels.unsort_rows)
+        )
+        with pytest.raises(error, match=message):
+            sort(a["x"], a["routing"])
+            unsort(a["rows"], a["weights"], a["routing"])
+
 
 TOKENS, CHOICES, EXPERTS, WIDTH, MLP = 64, 2, 16, 12, 10
 
@@ -227,17 +257,27 @@ class TestExpertParallel:
         assert "ragged-all-to-all" in text
 
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("change", "error", "message"),
         [
-            (dict(exchange="ring"), "exchange='ring' is unknown; allowed are padded, ragged"),
-            (dict(capacity_factor=0.0), "capacity_factor=0.0 must be positive"),
-            (dict(down=np.zeros((2, 9, WIDTH), np.float32)), "down has shape"),
-            (dict(gate_up=np.zeros((2, 5, 20), np.float32)), "gate_up has shape"),
-            (dict(weights=np.zeros((8, 3), np.float32)), r"\[8, K\] is needed beside x"),
-            (dict(x=np.zeros(8, np.float32)), r"x has shape \(8,\)"),
+            (dict(exchange="ring"), ValueError, "exchange='ring' is unknown; allowed are padded"),
+            (dict(capacity_factor=0.0), ValueError, "capacity_factor=0.0 must be positive"),
+            (dict(capacity_factor="2x"), TypeError, "capacity_factor='2x' must be a number"),
+            (dict(down=np.zeros((2, 9, WIDTH), np.float32)), ValueError, "down has shape"),
+            (dict(down=np.zeros((2, MLP, WIDTH), np.float16)), TypeError, "down has dtype float16"),
+            (dict(gate_up=np.zeros((2, 5, 20), np.float32)), ValueError, "gate_up has shape"),
+            (dict(gate_up=np.zeros((2, WIDTH, 19), "f")), ValueError, "gate_up has shape .* 2F"),
+            (dict(gate_up=np.zeros((2, WIDTH), "f")), ValueError, "gate_up has shape .* 3 axes"),
+            (
+                dict(weights=np.zeros((8, 3), np.float32)),
+                ValueError,
+                r"\[8, K\] is needed beside x",
+            ),
+            (dict(weights=np.zeros((8, 2), int)), TypeError, "weights has dtype int"),
+            (dict(x=np.zeros(8, np.float32)), ValueError, r"x has shape \(8,\)"),
+            (dict(x=np.zeros((8, WIDTH), np.int32)), TypeError, "x has dtype int32"),
         ],
     )
-    def test_errors(self, change, message):
+    def test_errors(self, change, error, message):
         arguments = dict(
             x=np.zeros((8, WIDTH), np.float32),
             expert_ids=np.zeros((8, 2), np.int32),
@@ -245,8 +285,10 @@ class TestExpertParallel:
             gate_up=np.zeros((2, WIDTH, 2 * MLP), np.float32),
             down=np.zeros((2, MLP, WIDTH), np.float32),
         )
-        with pytest.raises(ValueError, match=message):
-            pallas_kernels.expert_parallel_ffn(**(arguments | change), axis_name="expert")
+        # Past the annotations, which only tests check.
+        operation = pallas_kernels.expert_parallel_ffn
+        with pytest.raises(error, match=message):
+            getattr(operation, "__wrapped__", operation)(**(arguments | change), axis_name="expert")
 
 
 if __name__ == "__main__":
