@@ -7,8 +7,6 @@ import jax
 import jax.extend
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.experimental import checkify
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,7 +15,6 @@ from patch_operations import (
     FiniteDifferences,
     PatchOperations,
     Values,
-    assert_all_close,
     operations_of,
     program,
     value_and_gradients,
@@ -33,22 +30,6 @@ class TestReference(Values, FiniteDifferences):
 
 class TestXLA(PatchOperations, FiniteDifferences):
     implementation = "xla"
-
-    @given(data=st.data())
-    @settings(max_examples=4, deadline=None, derandomize=True)
-    def test_any_sizes(self, data):
-        size = st.integers(1, 6)
-        shape = Shape(
-            name="drawn",
-            rows=data.draw(st.integers(1, 2)),
-            num_bytes=data.draw(size),
-            num_patches=data.draw(size),
-            num_vectors=data.draw(st.integers(1, 2)),
-            window=data.draw(st.integers(1, 4)),
-            segments=data.draw(st.booleans()),
-        )
-        arguments = make_arguments(shape, seed=data.draw(st.integers(0, 99)))
-        assert_all_close(self.run(shape, arguments), self.reference(shape, arguments), 1e-5)
 
 
 def test_default_is_the_portable_form():
