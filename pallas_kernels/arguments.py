@@ -1,19 +1,26 @@
 """Checks of arguments that the operations share: each names the argument, its value and what is
-allowed."""
+allowed. What is checked has no annotation here, so that tests that check annotations get past."""
 
 import operator
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 
-def floating(name: str, x: ArrayLike, rank: int) -> jax.Array:
+def array(name: str, x) -> jax.Array:
+    """x as an array. Raises TypeError for what is none."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}={x!r:.40} is no array") from error
+
+
+def floating(name: str, x, rank: int) -> jax.Array:
     """x as an array of `rank` axes, none of them empty.
 
     Raises TypeError for another than a floating-point dtype, ValueError for another shape.
     """
-    x = jnp.asarray(x)
+    x = array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} has dtype {x.dtype}; a floating-point dtype is needed")
     if x.ndim != rank:
@@ -23,12 +30,20 @@ def floating(name: str, x: ArrayLike, rank: int) -> jax.Array:
     return x
 
 
-def integers(name: str, x: ArrayLike) -> jax.Array:
+def integers(name: str, x) -> jax.Array:
     """x as an array. Raises TypeError for another than an integer dtype."""
-    x = jnp.asarray(x)
+    x = array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} has dtype {x.dtype}; an integer dtype is needed")
     return x
+
+
+def int32_ids(x: jax.Array) -> jax.Array:
+    """Ids as int32; one that int32 does not hold becomes -1, the id of nothing."""
+    ids = x.astype(jnp.int32)
+    if x.dtype.itemsize <= 4:
+        return ids
+    return jnp.where((x >= 0) & (x < 2**31), ids, -1)
 
 
 def of_shape(name: str, x: jax.Array, shape: tuple[int, ...], beside: str = "") -> jax.Array:
@@ -44,3 +59,11 @@ def whole(name: str, value) -> int:
         return operator.index(value)
     except TypeError as error:
         raise TypeError(f"{name}={value!r} must be an integer") from error
+
+
+def number(name: str, value) -> float:
+    """value as a float. Raises TypeError for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}={value!r} must be a number") from error

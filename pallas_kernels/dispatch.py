@@ -10,18 +10,24 @@ Form = TypeVar("Form")
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "interpret")
 
 
-def choose(operation: str, implementation: str | None, forms: Mapping[str | None, Form]) -> Form:
+def choose(operation: str, implementation, forms: Mapping[str | None, Form]) -> Form:
     """Returns the form of `operation` that `implementation` names.
 
     `forms` maps names to functions (or sets of functions) with equal signatures and holds at least
     "xla"; the form under None, "xla" if there is none, is taken for None. Raises ValueError for a
-    name nobody knows, NotImplementedError for a known one that this operation does not have.
+    name nobody knows, TypeError for what is no name, NotImplementedError for a known one that this
+    operation does not have.
     """
     if implementation is None:
         return forms.get(None, forms["xla"])
+    allowed = ", ".join(repr(name) for name in forms if name is not None)
+    if not isinstance(implementation, str):
+        raise TypeError(
+            f"{operation}: implementation={implementation!r:.40} must be None or a string; "
+            f"allowed are None, {allowed}"
+        )
     if implementation in forms:
         return forms[implementation]
-    allowed = ", ".join(repr(name) for name in forms if name is not None)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{operation}: implementation={implementation!r} is unknown; "

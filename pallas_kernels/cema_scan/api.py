@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import floating, of_shape
+from pallas_kernels.arguments import array, floating, of_shape
 from pallas_kernels.cema_scan import associative, fft, reference, vjp
 from pallas_kernels.cema_scan.reference import Coefficients
 
@@ -73,7 +73,7 @@ def cema_scan(
         raise TypeError(f"state={state!r:.40} must be a pair of arrays (re, im) or None")
     state = tuple(_shaped(f"state[{i}]", s, state_shape, dtype) for i, s in enumerate(state))
     if reset is not None:
-        reset = jnp.asarray(reset)
+        reset = array("reset", reset)
         if reset.dtype != jnp.bool_:
             raise TypeError(f"reset has dtype {reset.dtype}; bool is needed")
         of_shape("reset", reset, (rows, length))
@@ -81,12 +81,12 @@ def cema_scan(
     return form(x, coefficients, state, reset)
 
 
-def _floating(name: str, x: ArrayLike, rank: int) -> jax.Array:
+def _floating(name: str, x, rank: int) -> jax.Array:
     x = floating(name, x, rank)
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
         raise TypeError(f"{name} has dtype {x.dtype}; float32, bfloat16 or float64 is needed")
     return x
 
 
-def _shaped(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def _shaped(name: str, x, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     return of_shape(name, _floating(name, x, len(shape)), shape).astype(dtype)

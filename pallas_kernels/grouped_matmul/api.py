@@ -9,11 +9,14 @@ anything, NaN included. An empty group has the weight gradient 0. Negative sizes
 past m are cut off; under `jax.experimental.checkify` both are errors.
 
 Sums are taken in float32 (float64 for float64). Differentiable in every floating-point argument, in
-reverse mode, to any order.
+reverse mode, to any order. Under `jax.checkpoint`, the policy `save_only_these_names("gmm",
+"routing")` keeps what `gmm` returns (before the activation) and the order of the rows
+(`sort_by_expert`), so that the backward pass repeats neither a product nor the sort.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import dispatch
@@ -108,8 +111,9 @@ def gmm(
         transpose_rhs=transpose_rhs,
         tiling=tiling,
     )
-    product = vjp.swiglu if activation else vjp.gmm
-    return product(lhs, rhs, metadata, options)
+    if activation:
+        return vjp.swiglu(lhs, rhs, metadata, options)
+    return checkpoint_name(vjp.gmm(lhs, rhs, metadata, options), "gmm")
 
 
 def tgmm(
@@ -173,19 +177,24 @@ def _metadata(group_sizes, num_rows, group_offset, num_local_groups, tiling) -> 
 def _tiling(tiling) -> tuple[int, int, int] | None:
     if tiling is None:
         return None
+    if not isinstance(tiling, tuple | list):
+        raise TypeError(f"tiling={tiling!r} must be (rows, contracted width, columns) or None")
     if len(tiling) != 3:
         raise ValueError(f"tiling={tiling!r} must be (rows, contracted width, columns)")
     return tuple(_within("tiling", size, 8, 2**16) for size in tiling)
 
 
 def _result_dtype(preferred, lhs: jax.Array):
-    dtype = jnp.dtype(lhs.dtype if preferred is None else preferred)
+    try:
+        dtype = jnp.dtype(lhs.dtype if preferred is None else preferred)
+    except TypeError as error:
+        raise TypeError(f"preferred_element_type={preferred!r} is no dtype") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"preferred_element_type={dtype}; a floating-point dtype is needed")
     return dtype
 
 
-def _integers(name: str, x: ArrayLike, rank: int) -> jax.Array:
+def _integers(name: str, x, rank: int) -> jax.Array:
     x = integers(name, x)
     if x.ndim != rank or 0 in x.shape:
         needed = "a scalar" if rank == 0 else f"{rank} axis of at least 1"

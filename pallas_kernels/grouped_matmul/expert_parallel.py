@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from pallas_kernels.arguments import floating, number
 from pallas_kernels.grouped_matmul import api, routing
 
 EXCHANGES = ("padded", "ragged")
@@ -45,12 +46,14 @@ def expert_parallel_ffn(
     for every pair of shards, "ragged" the first f * T * K that arrive, in the order of the shards.
     To be called inside `jax.shard_map(..., check_vma=False)`.
     """
-    x, weights = jnp.asarray(x), jnp.asarray(weights)
-    gate_up, down = jnp.asarray(gate_up), jnp.asarray(down)
+    x, weights = floating("x", x, 2), floating("weights", weights, 2)
+    gate_up, down = floating("gate_up", gate_up, 3), floating("down", down, 3)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is unknown; allowed are {', '.join(EXCHANGES)}")
-    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor={capacity_factor} must be positive and finite")
+    if capacity_factor is not None:
+        capacity_factor = number("capacity_factor", capacity_factor)
+        if not 0 < capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor={capacity_factor} must be positive and finite")
     _check_shapes(x, expert_ids, weights, gate_up, down)
     shards, local_experts = lax.axis_size(axis_name), gate_up.shape[0]
     route = routing.sort_by_expert(expert_ids, shards * local_experts)
@@ -172,14 +175,12 @@ _permute.defvjp(_permute_forward, _permute_backward)
 
 
 def _check_shapes(x, expert_ids, weights, gate_up, down) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {x.shape}; [T, D] is needed")
     if np.shape(expert_ids) != weights.shape or weights.shape[:1] != x.shape[:1]:
         raise ValueError(
             f"expert_ids and weights have shapes {np.shape(expert_ids)} and {weights.shape}; "
             f"[{x.shape[0]}, K] is needed beside x {x.shape}"
         )
-    if gate_up.ndim != 3 or gate_up.shape[1] != x.shape[1]:
+    if gate_up.shape[1] != x.shape[1] or gate_up.shape[2] % 2:
         raise ValueError(f"gate_up has shape {gate_up.shape}; [E/S, {x.shape[1]}, 2F] is needed")
     experts, width, columns = gate_up.shape
     if down.shape != (experts, columns // 2, width):
@@ -187,3 +188,6 @@ def _check_shapes(x, expert_ids, weights, gate_up, down) -> None:
             f"down has shape {down.shape}; {(experts, columns // 2, width)} is needed beside "
             f"gate_up {gate_up.shape}"
         )
+    for name, matrices in (("gate_up", gate_up), ("down", down)):
+        if matrices.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {matrices.dtype}; x's dtype {x.dtype} is needed")

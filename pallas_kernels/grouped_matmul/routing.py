@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from pallas_kernels.arguments import integers, whole
+from pallas_kernels.arguments import array, floating, int32_ids, integers, of_shape, whole
 from pallas_kernels.grouped_matmul.reference import accumulator
 
 
@@ -36,7 +37,7 @@ def sort_by_expert(expert_ids: ArrayLike, num_experts: int) -> Routing:
     num_experts = whole("num_experts", num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts} must be at least 1")
-    ids = expert_ids.astype(jnp.int32).reshape(-1)
+    ids = int32_ids(expert_ids).reshape(-1)
     ids = jnp.where((ids >= 0) & (ids < num_experts), ids, np.int32(num_experts))
     rows = jnp.arange(ids.shape[0], dtype=jnp.int32)
     sorted_ids, order = jax.lax.sort_key_val(ids, rows, is_stable=True)
@@ -44,34 +45,57 @@ def sort_by_expert(expert_ids: ArrayLike, num_experts: int) -> Routing:
     behind = jnp.searchsorted(
         sorted_ids, jnp.arange(num_experts, dtype=jnp.int32), side="right"
     ).astype(jnp.int32)
-    return Routing(order, inverse.reshape(expert_ids.shape), jnp.diff(behind, prepend=np.int32(0)))
+    sizes = jnp.diff(behind, prepend=np.int32(0))
+    return checkpoint_name(Routing(order, inverse.reshape(expert_ids.shape), sizes), "routing")
+
+
+def sort_rows(x: ArrayLike, routing: Routing) -> jax.Array:
+    """The token of every row: x[T, D] -> [rows, D]."""
+    x, tokens = array("x", x), _checked(routing).inverse.shape[0]
+    if x.ndim != 2 or x.shape[0] != tokens:
+        raise ValueError(f"x has shape {x.shape}; [{tokens}, D] is needed for the routing")
+    return _sort_rows(x, routing)
 
 
 @jax.custom_vjp
-def sort_rows(x: jax.Array, routing: Routing) -> jax.Array:
-    """The token of every row: x[T, D] -> [rows, D]."""
+def _sort_rows(x, routing) -> jax.Array:
     return _take(x, routing.order // np.int32(routing.inverse.shape[1]))
 
 
 def _sort_rows_forward(x, routing):
-    return sort_rows(x, routing), routing
+    return _sort_rows(x, routing), routing
 
 
 def _sort_rows_backward(routing, g):
     return _sum_of_choices(g, routing.inverse, None).astype(g.dtype), None
 
 
-sort_rows.defvjp(_sort_rows_forward, _sort_rows_backward)
+_sort_rows.defvjp(_sort_rows_forward, _sort_rows_backward)
+
+
+def unsort_rows(rows: ArrayLike, weights: ArrayLike, routing: Routing) -> jax.Array:
+    """The weighted sum of every token's rows: rows[rows, D], weights[T, K] -> [T, D]."""
+    rows, count = floating("rows", rows, 2), _checked(routing).order.shape[0]
+    if rows.shape[0] != count:
+        raise ValueError(f"rows has shape {rows.shape}; [{count}, D] is needed for the routing")
+    weights = floating("weights", weights, 2)
+    of_shape("weights", weights, routing.inverse.shape, " for the routing")
+    return _unsort_rows(rows, weights, routing)
+
+
+def _checked(routing) -> Routing:
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing={routing!r:.40} must be what sort_by_expert returns")
+    return routing
 
 
 @jax.custom_vjp
-def unsort_rows(rows: jax.Array, weights: jax.Array, routing: Routing) -> jax.Array:
-    """The weighted sum of every token's rows: rows[rows, D], weights[T, K] -> [T, D]."""
+def _unsort_rows(rows, weights, routing) -> jax.Array:
     return _sum_of_choices(rows, routing.inverse, weights).astype(rows.dtype)
 
 
 def _unsort_rows_forward(rows, weights, routing):
-    return unsort_rows(rows, weights, routing), (rows, weights, routing)
+    return _unsort_rows(rows, weights, routing), (rows, weights, routing)
 
 
 def _unsort_rows_backward(residuals, g):
@@ -86,7 +110,7 @@ def _unsort_rows_backward(residuals, g):
     return d_rows, jnp.stack(products, axis=1).astype(weights.dtype), None
 
 
-unsort_rows.defvjp(_unsort_rows_forward, _unsort_rows_backward)
+_unsort_rows.defvjp(_unsort_rows_forward, _unsort_rows_backward)
 
 
 def _sum_of_choices(rows, inverse, weights) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.grouped_matmul.reference import accumulator
 
@@ -103,7 +104,7 @@ def swiglu(lhs, rhs, metadata, options: Options) -> jax.Array:
 def _swiglu_forward(lhs, rhs, metadata, options):
     # The pre-activations are kept, so that the backward pass repeats no product.
     unfused = dataclasses.replace(options, out_dtype=lhs.dtype)
-    hidden = gmm(lhs, rhs, metadata, unfused)
+    hidden = checkpoint_name(gmm(lhs, rhs, metadata, unfused), "gmm")
     return _gated(hidden).astype(options.out_dtype), (lhs, rhs, metadata, hidden)
 
 

@@ -3,9 +3,15 @@
 Axis letters: B rows, T bytes, P patches, D width, Q vectors per patch, H heads, K head width.
 
 `patch_ids[B, T]` names the patch of every byte: 0..P-1, never decreasing within a row among the
-valid ids. An id of -1 or of P and above marks a byte that is ignored: its result is 0, and so is
-its gradient. An empty patch has the result 0 and the gradient 0. Patches have any length.
+valid ids. Ids that decrease are an error under `jax.experimental.checkify`; without it every form
+but "reference" gives wrong results for them, in silence. An id of -1 or of P and above marks a byte
+that is ignored: its result is 0, and so is its gradient. An empty patch has the result 0 and the
+gradient 0. Patches have any length.
 Gradients are defined for the floating-point arguments, in reverse mode.
+
+Ignored bytes may hold anything. A NaN or infinity elsewhere reaches only what sees it in "xla" and
+"gpu". On TPU (and in "interpret") it may reach other patches and bytes of its tile, whose sums are
+products with the tile's 0/1 mask on the matrix unit, in attention of "reference" its whole row.
 
 implementation: None (by platform), "reference", "xla", "tpu", "gpu" or "interpret" (the TPU kernel
 in the Pallas interpreter). The kernels serve float32 and bfloat16, "gpu" also float16; for other
@@ -16,12 +22,12 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import floating, integers, of_shape, whole
+from pallas_kernels.arguments import floating, int32_ids, integers, number, of_shape, whole
 from pallas_kernels.patch_pool import reference, vjp
+from pallas_kernels.patch_pool.rows import check_order
 
 MODES = ("max", "mean", "sum", "min")
 
@@ -40,8 +46,8 @@ def patch_pool(
     implementation: see the module.
     """
     x = floating("x", x, 3)
-    patch_ids = _integers("patch_ids", patch_ids, x.shape[:2])
     num_patches = _positive("num_patches", num_patches)
+    patch_ids = _patch_ids(patch_ids, x.shape[:2], num_patches)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; allowed are {', '.join(MODES)}")
     return _form("patch_pool", implementation)(x, patch_ids, num_patches, mode)
@@ -109,7 +115,7 @@ def patch_gather_attention(
     return _form("patch_gather_attention", implementation)(*arguments)
 
 
-def _form(operation: str, implementation: str | None):
+def _form(operation: str, implementation):
     """The function of `operation` that `implementation` names."""
     with_gradients = getattr(vjp, operation)
     names = (None, "xla", "tpu", "gpu", "interpret")
@@ -127,9 +133,9 @@ def _attention_arguments(arrays, key_shape, ids, sizes, scale, window):
     _same("key", key, key_shape, q)
     _same("value", value, key_shape, q)
     patch_ids, segment_ids, patch_segment_ids = ids
-    patch_ids = _integers("patch_ids", patch_ids, (rows, num_bytes))
+    patch_ids = _patch_ids(patch_ids, (rows, num_bytes), num_patches)
     window = min(_positive("window", window), num_patches)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
     if (segment_ids is None) != (patch_segment_ids is None):
@@ -140,8 +146,14 @@ def _attention_arguments(arrays, key_shape, ids, sizes, scale, window):
     return q, key, value, patch_ids, segment_ids, patch_segment_ids, scale, window
 
 
-def _integers(name: str, x: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    return of_shape(name, integers(name, x), shape).astype(jnp.int32)
+def _patch_ids(x, shape: tuple[int, ...], num_patches: int) -> jax.Array:
+    patch_ids = _integers("patch_ids", x, shape)
+    check_order(patch_ids, num_patches)
+    return patch_ids
+
+
+def _integers(name: str, x, shape: tuple[int, ...]) -> jax.Array:
+    return int32_ids(of_shape(name, integers(name, x), shape))
 
 
 def _same(name: str, x: jax.Array, shape: tuple[int, ...], q: jax.Array) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels.grouped_matmul.shapes import SHAPES, Shape, Sizes, make_arguments
@@ -269,6 +270,67 @@ class GroupedProducts:
         out, vjp = jax.vjp(fused, a.lhs, a.rhs)
         expected, expected_vjp = jax.vjp(loop, a.lhs, a.rhs)
         assert_all_close((out, vjp(dout)), (expected, expected_vjp(dout)), 1e-5)
+
+    def test_second_order(self):
+        """Gradients of gradients beside plain indexing of the weights."""
+        shape = dataclasses.replace(BY_NAME["empty_last"], m=12, k=4, n=6, sizes=(5, 4, 0))
+        a, tangent = make_arguments(shape), make_arguments(shape, seed=1)
+        group = np.repeat(np.arange(4), (5, 4, 0, 3))
+
+        def product(lhs, rhs):
+            return pallas_kernels.gmm(
+                lhs, rhs, a.group_sizes, activation="swiglu", implementation=self.implementation
+            )
+
+        def plain(lhs, rhs):
+            with_tail = jnp.concatenate([rhs, jnp.zeros_like(rhs[:1])])
+            gate, up = jnp.split(jnp.einsum("mk,mkn->mn", lhs, with_tail[group]), 2, axis=1)
+            return jax.nn.silu(gate) * up
+
+        def along(run, lhs, rhs, dout):
+            """The inner product of the gradients with fixed arrays."""
+            d_lhs, d_rhs = jax.vjp(run, lhs, rhs)[1](dout)
+            return (d_lhs * tangent.lhs).sum() + (d_rhs * tangent.rhs).sum()
+
+        found, expected = (
+            jax.jit(jax.grad(functools.partial(along, run), (0, 1, 2)))(a.lhs, a.rhs, a.dout[:, :3])
+            for run in (product, plain)
+        )
+        assert_all_close(found, expected, 1e-5)
+
+    def test_sharded(self):
+        """Rows and their sizes over two devices, the weights whole on both."""
+        shape = Shape(name="sharded", m=12, k=8, n=6, groups=3)
+        mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+        parts = [
+            make_arguments(dataclasses.replace(shape, sizes=sizes))
+            for sizes in ((5, 0, 4), (1, 8, 3))
+        ]
+        parts = [dataclasses.replace(part, rhs=parts[0].rhs) for part in parts]
+        rows = P("data")
+
+        def product(lhs, rhs, sizes):
+            return pallas_kernels.gmm(lhs, rhs, sizes, implementation=self.implementation)
+
+        @jax.jit
+        def run(lhs, rhs, dout, sizes):
+            sharded = jax.shard_map(
+                lambda lhs, rhs, sizes: product(lhs, rhs, sizes[0]),
+                mesh=mesh,
+                in_specs=(rows, P(), rows),
+                out_specs=rows,
+                check_vma=False,
+            )
+            out, vjp = jax.vjp(lambda lhs, rhs: sharded(lhs, rhs, sizes), lhs, rhs)
+            return out, *vjp(dout)
+
+        lhs, dout = (np.concatenate([getattr(p, name) for p in parts]) for name in ("lhs", "dout"))
+        sizes = np.stack([p.group_sizes for p in parts])
+        out, d_lhs, d_rhs = run(lhs, parts[0].rhs, dout, sizes)
+        assert len(out.sharding.device_set) == 2
+        assert_close(out, np.concatenate([numpy_gmm(shape, p) for p in parts]), 1e-5)
+        assert_close(d_lhs, np.concatenate([numpy_d_lhs(shape, p) for p in parts]), 1e-5)
+        assert_close(d_rhs, sum(numpy_tgmm(shape, p) for p in parts), 1e-5)
 
     def test_vmap(self):
         shape = BY_NAME["tail"]

@@ -199,18 +199,6 @@ class Values:
             assert_close(gradient[0, :, 0], [1 / 3, 0, 1 / 3, 1 / 3, 1], 1e-6)
 
 
-class Kernels:
-    """What keeps the compilation of interpreted kernels short."""
-
-    shapes = tuple(
-        shape
-        for shape in SHAPES
-        if shape.name not in ("one_byte", "one_patch", "wide_window", "segments_alone")
-    )
-    modes = ("max", "mean")
-    compiler_options = (("xla_backend_optimization_level", 0),)
-
-
 class FiniteDifferences:
     """Gradients in float64 beside finite differences."""
 
@@ -233,6 +221,14 @@ class FiniteDifferences:
                 )
 
 
+drawn = settings(
+    deadline=None,
+    derandomize=True,
+    # One method of several classes, which may run in one process.
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.function_scoped_fixture],
+)
+
+
 class PatchOperations(Values):
     """All that an implementation beside the reference must do."""
 
@@ -241,13 +237,7 @@ class PatchOperations(Values):
         assert_all_close(self.run(shape, arguments), self.reference(shape, arguments), 1e-5)
 
     @given(data=st.data())
-    @settings(
-        max_examples=20,
-        deadline=None,
-        derandomize=True,
-        # One method of several classes, which may run in one process.
-        suppress_health_check=[HealthCheck.differing_executors],
-    )
+    @settings(drawn, max_examples=20)
     def test_any_ids(self, data):
         shape = Shape(name="drawn", num_bytes=13, num_patches=5, window=2, segments=True)
         arguments = make_arguments(shape, seed=data.draw(st.integers(0, 99)))
@@ -260,6 +250,22 @@ class PatchOperations(Values):
         values = [value for value, *_ in found]
         assert_all_close(values, numpy_values(shape, arguments, self.modes), 1e-5)
         assert_all_close(found, self.reference(shape, arguments), 1e-5)
+
+    @given(data=st.data())
+    @settings(drawn, max_examples=3)
+    def test_any_sizes(self, data):
+        size = st.integers(1, 6)
+        shape = Shape(
+            name="drawn",
+            rows=data.draw(st.integers(1, 2)),
+            num_bytes=data.draw(size),
+            num_patches=data.draw(size),
+            num_vectors=data.draw(st.integers(1, 2)),
+            window=data.draw(st.integers(1, 4)),
+            segments=data.draw(st.booleans()),
+        )
+        arguments = make_arguments(shape, seed=data.draw(st.integers(0, 99)))
+        assert_all_close(self.run(shape, arguments), self.reference(shape, arguments), 1e-5)
 
     def test_vmap(self):
         shape = BY_NAME["segments"]
@@ -309,3 +315,22 @@ class PatchOperations(Values):
         with jax.set_mesh(mesh):
             found = self.run(shape, types.SimpleNamespace(**placed))
         assert_all_close(found, self.reference(shape, arguments), 1e-5)
+
+
+class Kernels(PatchOperations):
+    """An interpreted kernel: every shape with two of the modes, and the others with one shape, as
+    every mode is another kernel to compile."""
+
+    modes = ("max", "mean")
+    compiler_options = (("xla_backend_optimization_level", 0),)
+
+    def test_pooling_in_the_other_modes(self):
+        shape = BY_NAME["several_tiles"]
+        arguments = make_arguments(shape)
+        for mode in ("min", "sum"):
+            function, (x,) = next(operations_of(shape, arguments, self.implementation, (mode,)))
+            found, dx = jax.jit(functools.partial(value_and_gradients, function))((x,))
+            expected = numpy_pool(x, arguments.patch_ids, shape.num_patches, mode)
+            assert_close(found, expected, 1e-5)
+            plain, _ = next(operations_of(shape, arguments, "reference", (mode,)))
+            assert_close(dx, value_and_gradients(plain, (x,))[1], 1e-5)

@@ -10,15 +10,14 @@ import jax.test_util
 import numpy as np
 import pytest
 import scipy.signal
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import evidence, gpu_evidence
-from pallas_kernels.cema_scan import gpu, tpu
-from pallas_kernels.cema_scan.reference import Coefficients
+from pallas_kernels.cema_scan import gpu, tpu, vjp
 from pallas_kernels.cema_scan.shapes import (
     DEVICE_SHAPES,
     SHAPES,
@@ -66,10 +65,11 @@ def value_and_gradients(function, x, coefficients, state):
     return out, vjp(jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), out))
 
 
-def run(arguments, implementation, change=lambda x: x):
+def run(arguments, implementation, change=lambda x: x, compiler_options=()):
     function = functools.partial(value_and_gradients, function_of(arguments, implementation))
     floats = (arguments.x, arguments.coefficients, arguments.state)
-    return jax.jit(function)(*jax.tree.map(change, floats))
+    compiled = jax.jit(function, compiler_options=dict(compiler_options))
+    return compiled(*jax.tree.map(change, floats))
 
 
 def assert_all_close(actual, expected, tolerance):
@@ -129,11 +129,18 @@ class Scan:
     """All that an implementation must do; a subclass names one."""
 
     implementation: str
+    compiler_options = ()
+
+    def jit(self, function):
+        return jax.jit(function, compiler_options=dict(self.compiler_options))
+
+    def run(self, arguments, change=lambda x: x):
+        return run(arguments, self.implementation, change, self.compiler_options)
 
     @all_shapes
     def test_values_and_gradients(self, shape):
         arguments = make_arguments(shape)
-        found = run(arguments, self.implementation)
+        found = self.run(arguments)
         assert_all_close(found[0], numpy_scan(arguments), 1e-5)
         assert_all_close(found, run(arguments, "reference"), 1e-5)
 
@@ -150,7 +157,7 @@ class Scan:
                 )
                 for part in (slice(None, cut), slice(cut, None))
             ]
-            first, second = (jax.jit(function_of(p, self.implementation)) for p in parts)
+            first, second = (self.jit(function_of(p, self.implementation)) for p in parts)
             y_first, state = first(parts[0].x, arguments.coefficients, arguments.state)
             y_second, state = second(parts[1].x, arguments.coefficients, state)
             joined = jnp.concatenate([y_first, y_second], 1), state
@@ -162,11 +169,11 @@ class Scan:
             value_and_gradients, function_of(arguments, self.implementation)
         )
         x, coefficients, state = arguments.x, arguments.coefficients, arguments.state
-        together = jax.jit(jax.vmap(function, in_axes=(0, None, 0)))(
+        together = self.jit(jax.vmap(function, in_axes=(0, None, 0)))(
             np.stack([x, -2 * x]), coefficients, tuple(np.stack([s, 3 * s]) for s in state)
         )
         for i, floats in enumerate(((x, state), (-2 * x, tuple(3 * s for s in state)))):
-            apart = jax.jit(function)(floats[0], coefficients, floats[1])
+            apart = self.jit(function)(floats[0], coefficients, floats[1])
             assert_all_close(jax.tree.map(lambda a, i=i: a[i], together), apart, 1e-5)
 
     def test_vmap_over_resets(self):
@@ -182,15 +189,15 @@ class Scan:
             return value_and_gradients(function, *floats)
 
         resets = np.stack([arguments.reset, np.roll(arguments.reset, 3, 1)])
-        together = jax.jit(jax.vmap(gradients))(resets)
+        together = self.jit(jax.vmap(gradients))(resets)
         for i in range(2):
-            apart = jax.jit(gradients)(resets[i])
+            apart = self.jit(gradients)(resets[i])
             assert_all_close(jax.tree.map(lambda a, i=i: a[i], together), apart, 1e-5)
 
     def test_bfloat16(self):
         arguments = make_arguments(BY_NAME["resets"])
         short = jnp.bfloat16
-        found = run(arguments, self.implementation, lambda x: jnp.asarray(x, short))
+        found = self.run(arguments, lambda x: jnp.asarray(x, short))
         (y, state), (dx, *others) = found
         assert y.dtype == dx.dtype == short
         assert all(part.dtype == jnp.float32 for part in state)
@@ -206,7 +213,7 @@ class Scan:
         decay = [(0.9999 * c / modulus).astype(np.float32) for c in arguments.coefficients[:2]]
         coefficients = (*decay, *arguments.coefficients[2:])
         arguments = Arguments(arguments.x, coefficients, arguments.state, arguments.reset)
-        function = jax.jit(function_of(arguments, self.implementation))
+        function = self.jit(function_of(arguments, self.implementation))
         found = function(arguments.x, arguments.coefficients, arguments.state)
         assert_all_close(found, numpy_scan(arguments), 1e-4)
 
@@ -215,13 +222,13 @@ class Scan:
         shape = Shape(name="isolated", length=100, width=2, size=2, resets=(45, 80))
         arguments = make_arguments(shape)
         arguments.x[:, :45] = np.inf
-        function = jax.jit(function_of(arguments, self.implementation))
-        y, _ = function(arguments.x, arguments.coefficients, arguments.state)
+        function = function_of(arguments, self.implementation)
+        y, _ = self.jit(function)(arguments.x, arguments.coefficients, arguments.state)
         assert np.isfinite(y[:, 45:]).all()
         x = make_arguments(shape).x
         dy = np.where(np.arange(100)[None, :, None] >= 80, np.inf, np.ones_like(x))
 
-        @jax.jit
+        @self.jit
         def gradients(dy, *floats):
             _, vjp = jax.vjp(function, *floats)
             return vjp((dy, floats[2]))
@@ -238,9 +245,33 @@ class Scan:
         def loss(x):
             return function(x, arguments.coefficients, arguments.state)[0][0, 70, 1]
 
-        dx = np.asarray(jax.jit(jax.grad(loss))(arguments.x))[0]
+        dx = np.asarray(self.jit(jax.grad(loss))(arguments.x))[0]
         assert not dx[71:].any() and not dx[:, 0].any() and dx[46:71, 1].all()
         assert not dx[:45].any()
+
+    @given(data=st.data())
+    @settings(
+        max_examples=3,
+        deadline=None,
+        derandomize=True,
+        # One method of several classes, which may run in one process.
+        suppress_health_check=[
+            HealthCheck.differing_executors,
+            HealthCheck.function_scoped_fixture,
+        ],
+    )
+    def test_any_sizes(self, data):
+        shape = Shape(
+            name="drawn",
+            rows=data.draw(st.integers(1, 3)),
+            length=data.draw(st.integers(1, 300)),
+            width=data.draw(st.integers(1, 4)),
+            size=data.draw(st.integers(1, 4)),
+            resets=tuple(data.draw(st.lists(st.integers(0, 299), max_size=9))),
+        )
+        arguments = make_arguments(shape, seed=data.draw(st.integers(0, 99)))
+        found = self.run(arguments)
+        assert_all_close(found, run(arguments, "reference"), 1e-5)
 
     def test_sharded(self):
         shape = BY_NAME["eight_rows"]
@@ -258,7 +289,7 @@ class Scan:
         assert_all_close(found, run(arguments, "reference"), 1e-5)
 
     def run_sharded(self, mesh, arguments, place):
-        return run(arguments, self.implementation, place)
+        return self.run(arguments, place)
 
 
 class TestXLA(Scan):
@@ -268,15 +299,15 @@ class TestXLA(Scan):
         assert_finite_differences(self.implementation)
 
 
-class TestInterpret(Scan):
-    """The TPU kernels by the Pallas interpreter."""
+class Kernels(Scan):
+    """What an interpreted kernel must do besides; to compile it takes longer than to run it."""
 
-    implementation = "interpret"
+    compiler_options = (("xla_backend_optimization_level", 0),)
 
     def test_float64_is_refused(self):
         arguments = make_arguments(BY_NAME["short"])
         with jax.enable_x64(True), pytest.raises(NotImplementedError, match="x has dtype float64"):
-            run(arguments, self.implementation, lambda x: jnp.asarray(x, jnp.float64))
+            self.run(arguments, lambda x: jnp.asarray(x, jnp.float64))
 
     def run_sharded(self, mesh, arguments, place):
         """Kernels are not partitioned automatically: they run inside shard_map."""
@@ -294,25 +325,28 @@ class TestInterpret(Scan):
             return sharded(x_BTD, coefficients, state_BDN, arguments.reset)
 
         floats = (arguments.x, arguments.coefficients, arguments.state)
-        run = jax.jit(functools.partial(value_and_gradients, function))
+        run = self.jit(functools.partial(value_and_gradients, function))
         return run(*jax.tree.map(place, floats))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "interpret"])
-@given(data=st.data())
-@settings(max_examples=2, deadline=None, derandomize=True)
-def test_any_sizes(implementation, data):
-    shape = Shape(
-        name="drawn",
-        rows=data.draw(st.integers(1, 3)),
-        length=data.draw(st.integers(1, 300)),
-        width=data.draw(st.integers(1, 4)),
-        size=data.draw(st.integers(1, 4)),
-        resets=tuple(data.draw(st.lists(st.integers(0, 299), max_size=9))),
-    )
-    arguments = make_arguments(shape, seed=data.draw(st.integers(0, 99)))
-    found = run(arguments, implementation)
-    assert_all_close(found, run(arguments, "reference"), 1e-5)
+class TestInterpret(Kernels):
+    """The TPU kernels by the Pallas interpreter."""
+
+    implementation = "interpret"
+
+
+class TestGPUInterpreted(Kernels):
+    """The Triton kernels by the Pallas interpreter."""
+
+    implementation = "gpu"
+
+    @pytest.fixture(autouse=True)
+    def interpreted(self, monkeypatch):
+        def form(name, direction, options):
+            assert name == "gpu"
+            return functools.partial(getattr(gpu, direction), **options, interpret=True)
+
+        monkeypatch.setattr(vjp, "_form", form)
 
 
 @pytest.mark.parametrize(
@@ -444,37 +478,6 @@ def test_gpu_compile(gpu_compiler, shape):
     assert all(kernel.fits and not kernel.spilled for kernel in kernels)
 
 
-@pytest.mark.parametrize("name", ["blocks", "resets"])
-def test_gpu_kernels_interpreted(name):
-    """The Triton kernels by the Pallas interpreter, beside numpy and the reference."""
-    arguments = make_arguments(BY_NAME[name])
-    x, coefficients, state, reset = jax.tree.map(
-        jnp.asarray, (arguments.x, arguments.coefficients, arguments.state, arguments.reset)
-    )
-
-    @jax.custom_vjp
-    def function(x, coefficients, state):
-        return forward(x, coefficients, state)[0]
-
-    def forward(x, coefficients, state):
-        y, last, states = gpu.forward(
-            x, Coefficients(*coefficients), state, reset, keep=True, interpret=True
-        )
-        return (y, last), (x, coefficients, states)
-
-    def backward(residuals, cotangents):
-        x, coefficients, states = residuals
-        dx, d_coefficients, d_state = gpu.backward(
-            x, Coefficients(*coefficients), reset, states, *cotangents, interpret=True
-        )
-        return dx, tuple(d_coefficients), d_state
-
-    function.defvjp(forward, backward)
-    found = jax.jit(functools.partial(value_and_gradients, function))(x, coefficients, state)
-    assert_all_close(found[0], numpy_scan(arguments), 1e-5)
-    assert_all_close(found, run(arguments, "reference"), 2e-5)
-
-
 def test_gpu_refuses_what_registers_cannot_hold():
     arguments = make_arguments(Shape(name="wide_state", length=3, width=2, size=gpu.MAX_SIZE + 1))
     with pytest.raises(NotImplementedError, match="keeps up to 32 complex numbers"):
@@ -519,7 +522,19 @@ class TestArguments:
             (dict(state=(s.astype(np.complex64), s)), TypeError, r"state\[0\] has dtype complex64"),
             (dict(reset=np.zeros((2, 3), int)), TypeError, "reset has dtype int.*; bool is needed"),
             (dict(reset=np.zeros((2, 4), bool)), ValueError, r"reset has shape \(2, 4\); \(2, 3\)"),
+            (dict(x=None), TypeError, "x=None is no array"),
+            (dict(decay_re=c[0]), ValueError, r"decay_re has shape \(5,\); 2 axes are needed"),
+            (dict(decay_im=()), ValueError, r"decay_im has shape \(0,\)"),
+            (dict(output_re={}), TypeError, "output_re={} is no array"),
+            (dict(state=s), TypeError, "must be a pair of arrays"),
+            (dict(state=(s, None)), TypeError, r"state\[1\]=None is no array"),
+            (dict(state=(s[0], s[0])), ValueError, r"state\[0\] has shape \(4, 5\); 3 axes"),
+            (dict(state=(s, s.astype(int))), TypeError, r"state\[1\] has dtype int"),
+            (dict(reset=np.zeros(3, bool)), ValueError, r"reset has shape \(3,\); \(2, 3\)"),
+            (dict(reset={}), TypeError, "reset={} is no array"),
             (dict(implementation="cuda"), ValueError, "implementation='cuda' is unknown"),
+            (dict(implementation=2), TypeError, "implementation=2 must be None or a string"),
+            (dict(implementation="interpret_gpu"), ValueError, "is unknown; allowed are None"),
             (
                 dict(implementation="fft", reset=np.zeros((2, 3), bool)),
                 NotImplementedError,
@@ -530,8 +545,10 @@ class TestArguments:
     def test_errors(self, change, error, message):
         names = ("decay_re", "decay_im", "input_coeff", "output_re", "output_im")
         arguments = dict(x=self.x, **{name: self.c for name in names}) | change
+        # Past the annotations, which only tests check.
+        operation = pallas_kernels.cema_scan
         with pytest.raises(error, match=message):
-            pallas_kernels.cema_scan(**arguments)
+            getattr(operation, "__wrapped__", operation)(**arguments)
 
 
 if __name__ == "__main__":

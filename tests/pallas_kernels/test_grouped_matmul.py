@@ -163,6 +163,11 @@ class TestMetadata:
         assert "at most 10 rows" in checked(np.array([4, 7], np.int32))[0].get()
 
 
+def unannotated(operation):
+    """The operation without the annotations, which only tests check."""
+    return getattr(operation, "__wrapped__", operation)
+
+
 class TestArguments:
     lhs = np.zeros((6, 4), np.float32)
     rhs = np.zeros((2, 4, 3), np.float32)
@@ -192,12 +197,18 @@ class TestArguments:
             (dict(group_sizes=metadata, rhs=rhs[:1]), ValueError, "is of 2 local groups"),
             (dict(group_sizes=metadata, tiling=(64, 8, 8)), ValueError, "the metadata's tile_rows"),
             (dict(tiling=(12, 8, 8)), ValueError, "tile_rows=12 must be a multiple of 8"),
-            (dict(tiling=(16, 8)), Exception, "tiling"),
+            (dict(tiling=(16, 8)), ValueError, r"tiling=\(16, 8\) must be \(rows, contr"),
+            (dict(tiling=16), TypeError, "tiling=16 must be"),
+            (dict(tiling=(16, 8.0, 8)), TypeError, "tiling=8.0 must be an integer"),
             (dict(tiling=(16, 8, 4)), ValueError, "tiling=4 must be from 8"),
             (dict(activation="relu"), ValueError, "activation='relu' is unknown"),
             (dict(activation="swiglu"), ValueError, r"needs rhs \[g, k, 2n\]"),
             (dict(preferred_element_type=np.int32), TypeError, "preferred_element_type=int32"),
+            (dict(preferred_element_type="f1"), TypeError, "preferred_element_type='f1' is no"),
+            (dict(lhs=None), TypeError, "lhs=None is no array"),
+            (dict(rhs=rhs[0]), ValueError, r"rhs has shape \(4, 3\); 3 axes are needed"),
             (dict(implementation="cuda"), ValueError, "implementation='cuda' is unknown"),
+            (dict(implementation=b"xla"), TypeError, "must be None or a string"),
         ],
     )
     def test_errors(self, change, error, message):
@@ -205,13 +216,40 @@ class TestArguments:
         lhs, rhs, sizes = (arguments.pop(name) for name in ("lhs", "rhs", "group_sizes"))
         # Past the annotations, which only tests check.
         with pytest.raises(error, match=message):
-            getattr(api.gmm, "__wrapped__", api.gmm)(lhs, rhs, sizes, **arguments)
+            unannotated(api.gmm)(lhs, rhs, sizes, **arguments)
 
-    def test_tgmm_errors(self):
-        with pytest.raises(ValueError, match="6 rows are needed beside lhs"):
-            pallas_kernels.tgmm(self.lhs, self.lhs[:5], self.sizes)
-        with pytest.raises(TypeError, match=r"num_rows=1\.5 must be an integer"):
-            api._within("num_rows", 1.5, 1, 2)
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (dict(dout=lhs[:5]), ValueError, "6 rows are needed beside lhs"),
+            (dict(dout=lhs[0]), ValueError, r"dout has shape \(4,\); 2 axes are needed"),
+            (dict(dout=lhs.astype(np.float16)), TypeError, "dout has dtype float16; lhs's"),
+            (dict(num_local_groups=3), ValueError, "num_local_groups=3 must be from 1 to 2"),
+            (dict(num_local_groups=0), ValueError, "num_local_groups=0 must be from 1 to 2"),
+        ],
+    )
+    def test_tgmm_errors(self, change, error, message):
+        arguments = dict(lhs=self.lhs, dout=self.lhs, group_sizes=self.sizes) | change
+        with pytest.raises(error, match=message):
+            unannotated(api.tgmm)(**arguments)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (dict(num_rows=1.5), TypeError, r"num_rows=1\.5 must be an integer"),
+            (dict(num_local_groups=1.0), TypeError, "num_local_groups=1.0 must be an integer"),
+            (dict(group_sizes=None), TypeError, "group_sizes=None is no array"),
+            (dict(num_rows=-1), ValueError, "num_rows=-1 must be from 1"),
+            (dict(group_sizes=sizes[:0]), ValueError, "1 axis of at least 1 is needed"),
+            (dict(tile_rows=0), ValueError, "tile_rows=0 must be from 8"),
+            (dict(tile_rows="8"), TypeError, "tile_rows='8' must be an integer"),
+            (dict(group_offset=1.0), TypeError, "group_offset has dtype float"),
+        ],
+    )
+    def test_metadata_errors(self, change, error, message):
+        arguments = dict(group_sizes=self.sizes, num_rows=6) | change
+        with pytest.raises(error, match=message):
+            unannotated(api.make_group_metadata)(**arguments)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ import functools
 import sys
 
 import pytest
-from patch_operations import Kernels, PatchOperations
+from patch_operations import Kernels
 
 from pallas_kernels.patch_pool import gpu, vjp
 
 
-class TestGPUInterpreted(Kernels, PatchOperations):
+class TestGPUInterpreted(Kernels):
     implementation = "gpu"
 
     @pytest.fixture(autouse=True)

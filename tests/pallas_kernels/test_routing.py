@@ -1,9 +1,11 @@
 """Tokens to rows sorted by expert and back; experts spread over a mesh axis."""
 
+import collections
 import functools
 import sys
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,6 +73,36 @@ class TestRouting:
         with pytest.raises(error, match=message):
             pallas_kernels.sort_by_expert(ids, experts)
 
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                dict(x=np.zeros((8, 3), "f")),
+                ValueError,
+                r"x has shape \(8, 3\); \[9, D\] is needed",
+            ),
+            (dict(x=np.zeros(9, "f")), ValueError, r"x has shape \(9,\)"),
+            (dict(x=None), TypeError, "x=None is no array"),
+            (dict(rows=np.zeros((9, 3), "f")), ValueError, r"rows has shape \(9, 3\); \[18, D\]"),
+            (dict(rows=np.zeros((18, 3), int)), TypeError, "rows has dtype int"),
+            (dict(weights=np.zeros((9, 1), "f")), ValueError, r"weights has .* \(9, 2\) is needed"),
+            (dict(weights=np.zeros((9, 2), int)), TypeError, "weights has dtype int"),
+            (dict(routing=np.zeros((9, 2), int)), TypeError, "must be what sort_by_expert returns"),
+        ],
+    )
+    def test_errors_of_rows(self, change, error, message):
+        rows, weights = np.zeros((18, 3), "f"), np.zeros((9, 2), "f")
+        routing = pallas_kernels.sort_by_expert(np.zeros((9, 2), np.int32), 4)
+        a = dict(x=np.zeros((9, 3), "f"), rows=rows, weights=weights, routing=routing) | change
+        sort, unsort = (
+            # Past the annotations, which only tests check.
+            getattr(f, "__wrapped__", f)
+            for f in (pallas_kernels.sort_rows, pallas_kernels.unsort_rows)
+        )
+        with pytest.raises(error, match=message):
+            sort(a["x"], a["routing"])
+            unsort(a["rows"], a["weights"], a["routing"])
+
 
 TOKENS, CHOICES, EXPERTS, WIDTH, MLP = 64, 2, 16, 12, 10
 
@@ -97,6 +129,62 @@ def dense_ffn(x, ids, weights, gate_up, down):
     return jnp.einsum("tk,tke,ted->td", weights, chosen.astype(x.dtype), out, precision="highest")
 
 
+def local_ffn(x, ids, weights, gate_up, down, implementation=None):
+    """The MLP with all experts on one device."""
+    routing = pallas_kernels.sort_by_expert(ids, EXPERTS)
+    groups = pallas_kernels.make_group_metadata(routing.group_sizes, ids.size)
+    product = functools.partial(
+        pallas_kernels.gmm, group_sizes=groups, implementation=implementation
+    )
+    hidden = product(pallas_kernels.sort_rows(x, routing), gate_up, activation="swiglu")
+    return pallas_kernels.unsort_rows(product(hidden, down), weights, routing)
+
+
+def gradients_under(policy, implementation):
+    """Of the experts' MLP, the layer before it included, in x, the weights and the matrices."""
+
+    def loss(x, ids, *others):
+        return local_ffn(jnp.tanh(x), ids, *others, implementation=implementation).sum()
+
+    return jax.grad(jax.checkpoint(loss, policy=policy), (0, 2, 3, 4))
+
+
+def counted(jaxpr):
+    """How often the kernels and sorts by name occur anywhere in a jaxpr."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "pallas_call":
+            name = equation.params["name"]
+        found[name] += 1
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += counted(inner)
+    return {name: found[name] for name in ("gmm", "tgmm", "sort")}
+
+
+class TestRemat:
+    @pytest.mark.parametrize(
+        ("names", "expected"),
+        [
+            (("gmm", "routing"), dict(gmm=4, tgmm=2, sort=1)),  # two forward, two backward
+            (("gmm",), dict(gmm=4, tgmm=2, sort=2)),
+            ((), dict(gmm=6, tgmm=2, sort=2)),
+        ],
+    )
+    def test_saved_products_are_not_repeated(self, names, expected):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        jaxpr = jax.make_jaxpr(gradients_under(policy, "tpu"))(*moe_arguments())
+        assert counted(jaxpr.jaxpr) == expected
+
+    def test_gradients_are_the_same(self):
+        save = jax.checkpoint_policies.save_only_these_names("gmm", "routing")
+        found, expected = (
+            jax.jit(gradients_under(policy, "ragged_dot"))(*moe_arguments())
+            for policy in (save, jax.checkpoint_policies.everything_saveable)
+        )
+        assert_all_close(found, expected, 1e-6)
+
+
 def spread_ffn(mesh, **options):
     run = functools.partial(pallas_kernels.expert_parallel_ffn, axis_name="expert", **options)
     spread = P("expert")
@@ -107,23 +195,23 @@ class TestExpertParallel:
     def mesh(self):
         return jax.make_mesh((8,), ("expert",), (jax.sharding.AxisType.Auto,))
 
-    @pytest.mark.parametrize("skewed", [False, True])
-    def test_padded_exchange(self, skewed):
-        x, ids, weights, gate_up, down = moe_arguments(skewed=skewed)
-        dout = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
-
+    @pytest.mark.parametrize("implementation", ["xla", "interpret", "interpret_gpu"])
+    def test_padded_exchange(self, implementation):
         def value_and_gradients(ffn):
             @jax.jit
-            def run(x, weights, gate_up, down):
+            def run(x, ids, weights, gate_up, down):
                 out, vjp = jax.vjp(
                     lambda x, w, g, d: ffn(x, ids, w, g, d), x, weights, gate_up, down
                 )
-                return out, vjp(dout)
+                return out, vjp(jnp.cos(x))
 
-            return run(x, weights, gate_up, down)
+            return run
 
-        found = value_and_gradients(spread_ffn(self.mesh()))
-        assert_all_close(found, value_and_gradients(dense_ffn), 1e-5)
+        found = value_and_gradients(spread_ffn(self.mesh(), implementation=implementation))
+        expected = value_and_gradients(dense_ffn)
+        for skewed in (False, True):
+            arguments = moe_arguments(skewed=skewed)
+            assert_all_close(found(*arguments), expected(*arguments), 1e-5)
 
     def test_capacity_drops_the_last_rows(self):
         x, ids, weights, gate_up, down = moe_arguments(skewed=True)
@@ -169,17 +257,27 @@ class TestExpertParallel:
         assert "ragged-all-to-all" in text
 
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("change", "error", "message"),
         [
-            (dict(exchange="ring"), "exchange='ring' is unknown; allowed are padded, ragged"),
-            (dict(capacity_factor=0.0), "capacity_factor=0.0 must be positive"),
-            (dict(down=np.zeros((2, 9, WIDTH), np.float32)), "down has shape"),
-            (dict(gate_up=np.zeros((2, 5, 20), np.float32)), "gate_up has shape"),
-            (dict(weights=np.zeros((8, 3), np.float32)), r"\[8, K\] is needed beside x"),
-            (dict(x=np.zeros(8, np.float32)), r"x has shape \(8,\)"),
+            (dict(exchange="ring"), ValueError, "exchange='ring' is unknown; allowed are padded"),
+            (dict(capacity_factor=0.0), ValueError, "capacity_factor=0.0 must be positive"),
+            (dict(capacity_factor="2x"), TypeError, "capacity_factor='2x' must be a number"),
+            (dict(down=np.zeros((2, 9, WIDTH), np.float32)), ValueError, "down has shape"),
+            (dict(down=np.zeros((2, MLP, WIDTH), np.float16)), TypeError, "down has dtype float16"),
+            (dict(gate_up=np.zeros((2, 5, 20), np.float32)), ValueError, "gate_up has shape"),
+            (dict(gate_up=np.zeros((2, WIDTH, 19), "f")), ValueError, "gate_up has shape .* 2F"),
+            (dict(gate_up=np.zeros((2, WIDTH), "f")), ValueError, "gate_up has shape .* 3 axes"),
+            (
+                dict(weights=np.zeros((8, 3), np.float32)),
+                ValueError,
+                r"\[8, K\] is needed beside x",
+            ),
+            (dict(weights=np.zeros((8, 2), int)), TypeError, "weights has dtype int"),
+            (dict(x=np.zeros(8, np.float32)), ValueError, r"x has shape \(8,\)"),
+            (dict(x=np.zeros((8, WIDTH), np.int32)), TypeError, "x has dtype int32"),
         ],
     )
-    def test_errors(self, change, message):
+    def test_errors(self, change, error, message):
         arguments = dict(
             x=np.zeros((8, WIDTH), np.float32),
             expert_ids=np.zeros((8, 2), np.int32),
@@ -187,8 +285,10 @@ class TestExpertParallel:
             gate_up=np.zeros((2, WIDTH, 2 * MLP), np.float32),
             down=np.zeros((2, MLP, WIDTH), np.float32),
         )
-        with pytest.raises(ValueError, match=message):
-            pallas_kernels.expert_parallel_ffn(**(arguments | change), axis_name="expert")
+        # Past the annotations, which only tests check.
+        operation = pallas_kernels.expert_parallel_ffn
+        with pytest.raises(error, match=message):
+            getattr(operation, "__wrapped__", operation)(**(arguments | change), axis_name="expert")
 
 
 if __name__ == "__main__":
