@@ -24,8 +24,8 @@ from pallas_kernels.grouped_matmul.reference import accumulator
 from pallas_kernels.grouped_matmul.sequential import one_by_one
 
 # Capacities as multiples of the mean group; 0 leaves all rows to the tiles.
-CAPACITIES = (0.0, 0.625, 0.75, 1.0, 1.03125, 1.0625, 1.125, 1.25)
-SIZES_OF_TILES, LEAST_TILE, LARGEST_TILE = 16, 8, 1024
+CAPACITIES = (0.0, 0.75, 1.0, 1.03125, 1.0625, 1.125, 1.25)
+LEAST_TILE, LARGEST_TILE = 8, 1024
 
 
 class Costs(NamedTuple):
@@ -219,8 +219,9 @@ def _capacities(metadata: GroupMetadata) -> tuple[int, ...]:
 
 
 def _tile_sizes(metadata: GroupMetadata) -> tuple[int, ...]:
-    """Multiples of a power of two up to about twice the mean size of a group."""
+    """Up to about twice the mean size of a group: eight steps to half of the largest, where most
+    groups lie, and four from there."""
     largest = min(max(2 << round(math.log2(max(_mean(metadata), 1))), LEAST_TILE), LARGEST_TILE)
-    step = max(largest // SIZES_OF_TILES, LEAST_TILE)
-    sizes = range(step, largest + 1, step)
+    step = max(largest // 16, LEAST_TILE)
+    sizes = (*range(step, largest // 2, step), *range(largest // 2, largest, 2 * step), largest)
     return tuple(sorted({min(size, metadata.num_rows) for size in sizes}))

@@ -3,10 +3,10 @@
 Axis letters: B rows, T bytes, P patches, D width, Q vectors per patch, H heads, K head width.
 
 `patch_ids[B, T]` names the patch of every byte: 0..P-1, never decreasing within a row among the
-valid ids. Ids that decrease are an error under `jax.experimental.checkify`; without it every form
-but "reference" gives wrong results for them, in silence. An id of -1 or of P and above marks a byte
-that is ignored: its result is 0, and so is its gradient. An empty patch has the result 0 and the
-gradient 0. Patches have any length.
+valid ids: for ids that decrease every form but "reference" gives wrong results, in silence (a check
+of values would be an effect, which `jax.export` cannot save). An id of -1 or of P and above marks a
+byte that is ignored: its result is 0, and so is its gradient. An empty patch has the result 0 and
+the gradient 0. Patches have any length.
 Gradients are defined for the floating-point arguments, in reverse mode.
 
 Ignored bytes may hold anything. A NaN or infinity elsewhere reaches only what sees it in "xla" and
@@ -27,7 +27,6 @@ from jax.typing import ArrayLike
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import floating, int32_ids, integers, number, of_shape, whole
 from pallas_kernels.patch_pool import reference, vjp
-from pallas_kernels.patch_pool.rows import check_order
 
 MODES = ("max", "mean", "sum", "min")
 
@@ -47,7 +46,7 @@ def patch_pool(
     """
     x = floating("x", x, 3)
     num_patches = _positive("num_patches", num_patches)
-    patch_ids = _patch_ids(patch_ids, x.shape[:2], num_patches)
+    patch_ids = _integers("patch_ids", patch_ids, x.shape[:2])
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; allowed are {', '.join(MODES)}")
     return _form("patch_pool", implementation)(x, patch_ids, num_patches, mode)
@@ -133,7 +132,7 @@ def _attention_arguments(arrays, key_shape, ids, sizes, scale, window):
     _same("key", key, key_shape, q)
     _same("value", value, key_shape, q)
     patch_ids, segment_ids, patch_segment_ids = ids
-    patch_ids = _patch_ids(patch_ids, (rows, num_bytes), num_patches)
+    patch_ids = _integers("patch_ids", patch_ids, (rows, num_bytes))
     window = min(_positive("window", window), num_patches)
     scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     if not math.isfinite(scale):
@@ -144,12 +143,6 @@ def _attention_arguments(arrays, key_shape, ids, sizes, scale, window):
         segment_ids = _integers("segment_ids", segment_ids, (rows, num_bytes))
         patch_segment_ids = _integers("patch_segment_ids", patch_segment_ids, (rows, num_patches))
     return q, key, value, patch_ids, segment_ids, patch_segment_ids, scale, window
-
-
-def _patch_ids(x, shape: tuple[int, ...], num_patches: int) -> jax.Array:
-    patch_ids = _integers("patch_ids", x, shape)
-    check_order(patch_ids, num_patches)
-    return patch_ids
 
 
 def _integers(name: str, x, shape: tuple[int, ...]) -> jax.Array:

@@ -7,26 +7,12 @@ before it. `seen_BT` says which bytes count.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import checkify
 
 
 def sorted_rows(ids_BT: jax.Array, num_patches: int) -> tuple[jax.Array, jax.Array]:
     """rows_BT and seen_BT of patch ids."""
     seen_BT = (ids_BT >= 0) & (ids_BT < num_patches)
     return lax.cummax(jnp.where(seen_BT, ids_BT, 0), axis=1), seen_BT
-
-
-def check_order(ids_BT: jax.Array, num_patches: int) -> None:
-    """An error under `checkify` where patch ids decrease within a row, nothing otherwise."""
-    if num_patches == 1:
-        return
-    rows_BT, seen_BT = sorted_rows(ids_BT, num_patches)
-    wrong_BT = seen_BT & (ids_BT < rows_BT)
-    checkify.debug_check(
-        ~wrong_BT.any(),
-        "patch_ids decrease within row {row}; the valid ones must never decrease",
-        row=jnp.argmax(wrong_BT.any(1)),
-    )
 
 
 def shifted_rows(

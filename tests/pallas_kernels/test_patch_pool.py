@@ -7,7 +7,6 @@ import jax
 import jax.extend
 import numpy as np
 import pytest
-from jax.experimental import checkify
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from patch_operations import (
@@ -90,25 +89,6 @@ def test_sharded_rows_need_no_communication():
 class TestIds:
     x = np.arange(1.0, 9.0, dtype=np.float32).reshape(2, 4, 1)
     q, vectors = x[..., None], np.ones((2, 2, 1, 1, 1), np.float32)
-
-    @pytest.mark.parametrize(
-        "operation",
-        [
-            lambda self, ids: pallas_kernels.patch_pool(self.x, ids, 2, "sum"),
-            lambda self, ids: pallas_kernels.patch_attention(self.vectors, self.q, self.q, ids),
-            lambda self, ids: pallas_kernels.patch_gather_attention(
-                self.q, self.vectors, self.vectors, ids
-            ),
-        ],
-        ids=["pool", "attention", "gather_attention"],
-    )
-    def test_checkify_finds_ids_that_decrease(self, operation):
-        run = jax.jit(functools.partial(operation, self))
-        checked = checkify.checkify(run, errors=checkify.user_checks)
-        good = np.array([[0, -1, 1, 1], [2, 0, -1, 0]], np.int32)
-        bad = np.array([[0, 0, 1, 1], [1, 2, -1, 0]], np.int32)
-        assert checked(good)[0].get() is None
-        assert "patch_ids decrease within row 1" in checked(bad)[0].get()
 
     def test_ids_past_int32_are_ignored(self):
         with jax.enable_x64(True):
