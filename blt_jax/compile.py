@@ -4,12 +4,12 @@ python -m blt_jax.compile --config=experiments/blt.py:blt_8b --topology=v5p:4x4x
 
 Fields of the config are overridden by flags after --config, as in blt_jax.run. TPU topologies
 (chip:AxB or AxBxC) need the package libtpu; cuda:N stops at lowering. --program: train (the step
-of --part and --phase), prefill or decode. --sweep tries meshes, remat policies and batch sizes.
+of every training of the run, or of --part), prefill or decode. --sweep tries meshes, remat policies
+and batch sizes of one training.
 --estimate=unrolled adds the time from programs of one and two layers without a loop over them.
 """
 
 import sys
-from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,7 +28,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     )
     strings = {
         "topology": ("v5p:4x4x4", "chip:AxBxC, or cuda:N"),
-        "part": ("", "training of a recipe (blt, entropy_model); default its first"),
+        "part": ("", "training of a recipe (blt, entropy_model); default all of them"),
         "output": ("", "json file of the report"),
     }
     for name, (default, text) in strings.items():
@@ -54,6 +54,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     lists = {
         "sweep_data": ("1", "sizes of the mesh axis data that --sweep tries"),
         "sweep_tensor": ("1,2,4", "sizes of the mesh axis tensor"),
+        "sweep_expert": ("", "sizes of the mesh axis expert, that of the run if empty"),
+        "sweep_context": ("", "sizes of the mesh axis context, that of the run if empty"),
         "sweep_remat": ("SAVE_NAMES,FULL", "remat policies"),
         "sweep_rows": ("", "rows per step, those of the run if empty"),
     }
@@ -74,69 +76,98 @@ def parse(argv: list[str]) -> flags.FlagValues:
     rest = values(argv)[1:]
     if rest:
         raise flags.Error(f"unexpected argument {rest[0]!r}")
-    tpu = topologies.is_tpu(values.topology)
-    if values.estimate == "unrolled" and (values.sweep or values.program != "train" or not tpu):
-        raise ValueError(
-            "--estimate=unrolled: only for --program=train on a TPU topology, without --sweep"
-        )
+    _check(values)
     return values
 
 
+def _check(values: flags.FlagValues) -> None:
+    """ValueError for flags that do not fit each other."""
+    tpu, train = topologies.is_tpu(values.topology), values.program == "train"
+    if values.slices < 1:
+        raise ValueError(f"--slices={values.slices}: must be >= 1")
+    if values.slices > 1 and not tpu:
+        raise ValueError(
+            f"--slices={values.slices}: only for TPU topologies, not {values.topology}"
+        )
+    for name in ("batch", "length"):
+        number = getattr(values, name)
+        if number < 0:
+            raise ValueError(f"--{name}={number}: must be >= 0")
+        if number and train:
+            raise ValueError(
+                f"--{name}={number}: only for --program=prefill and decode; a training's rows are "
+                "--config.data.batch_size and sequence_length"
+            )
+    if values.sweep and not (train and tpu):
+        raise ValueError("--sweep: only for --program=train on a TPU topology")
+    if values.estimate == "unrolled" and (values.sweep or not (train and tpu)):
+        raise ValueError(
+            "--estimate=unrolled: only for --program=train on a TPU topology, without --sweep"
+        )
+
+
 def run(values: flags.FlagValues) -> None:
-    """Compiles what the flags say; prints the report and writes it to --output."""
+    """Compiles what the flags say; prints the reports and writes them to --output: one, or a dict
+    of them by training.
+
+    Raises DoesNotFitError after the last one if any does not fit.
+    """
     from blt_jax.recipes import programs
-    from blt_jax.train import compilation
-    from blt_jax.train.sweep import format_sweep, sweep
+    from blt_jax.train import compilation, unrolled
+    from blt_jax.train.sweep import format_sweep, parse_axes, sweep
 
     def mesh(config):
         return topologies.mesh(values.topology, config, values.slices)
 
+    names = _parts(values)
     if values.sweep:
-        _, config = compilation.select_part(values.config, values.part)
+        _, config = compilation.select_part(values.config, names[0])
         phase = compilation.select_phase(config, values.phase)
-        numbers = sweep(config, phase, values.topology, mesh, _sweep_axes(values), print)
+        base = values.config.mesh
+        numbers = sweep(config, phase, values.topology, base, mesh, parse_axes(values), print)
         print(format_sweep(numbers))
-    else:
+        if values.output:
+            compilation.write_report(numbers, values.output)
+        return
+    if values.batch:
+        _, config = compilation.select_part(values.config, names[0])
+        compilation.check_batch(values.batch, mesh(values.config.mesh), config.sharding)
+    found, problems = {}, []
+    for name in names:
+        values.part = name
+        label = "" if name == "." else f"{name}: "
         try:
             numbers = compilation.report(programs.make_job(values, mesh), values.topology)
         except compilation.DoesNotFitError as error:
-            numbers = {"topology": values.topology, "problem": str(error)}
-            if values.output:
-                compilation.write_report(numbers, values.output)
-            raise
+            problems.append(f"{label}{error}")
+            found[name] = compilation.made(values.topology) | {"problem": str(error)}
+            continue
         if values.estimate == "unrolled":
-            numbers["unrolled_estimate"] = _unrolled_estimate(values, mesh)
-        print(compilation.format_report(numbers))
+            _, config = compilation.select_part(values.config, name)
+            phase = compilation.select_phase(config, values.phase)
+            layers = unrolled.unrolled_estimate(config, phase, mesh(values.config.mesh))
+            numbers["unrolled_estimate"] = layers
+        print(f"{label}{compilation.format_report(numbers)}")
+        found[name] = numbers
     if values.output:
-        compilation.write_report(numbers, values.output)
+        compilation.write_report(found if len(names) > 1 else found[names[0]], values.output)
+    if problems:
+        raise compilation.DoesNotFitError("\nerror: ".join(problems))
 
 
-def _unrolled_estimate(values: flags.FlagValues, mesh: Callable) -> dict:
-    from blt_jax.train import compilation, unrolled
+def _parts(values: flags.FlagValues) -> list[str]:
+    """The trainings that are compiled: that of --part, or all of them; for a sweep, prefill and
+    decode the first one, which is printed."""
+    from blt_jax.train.pretraining import trainings
 
-    _, config = compilation.select_part(values.config, values.part)
-    phase = compilation.select_phase(config, values.phase)
-    return unrolled.unrolled_estimate(config, phase, mesh(values.config.mesh))
-
-
-def _sweep_axes(values: flags.FlagValues):
-    from blt_jax.layers.transformer import Remat
-    from blt_jax.train.sweep import Axes
-
-    def numbers(name):
-        return tuple(int(text) for text in getattr(values, name))
-
-    unknown = set(values.sweep_remat) - set(Remat.__members__)
-    if unknown:
-        raise ValueError(
-            f"--sweep_remat={unknown.pop()}: allowed are {', '.join(Remat.__members__)}"
-        )
-    return Axes(
-        data=numbers("sweep_data"),
-        tensor=numbers("sweep_tensor"),
-        remat=tuple(Remat[name] for name in values.sweep_remat),
-        rows=numbers("sweep_rows"),
-    )
+    if values.part:
+        return [values.part]
+    names = list(trainings(values.config)) or [""]
+    if values.program == "train" and not values.sweep:
+        return names
+    if len(names) > 1:
+        print(f"only {names[0]}; --part chooses among {', '.join(names)}")
+    return names[:1]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -82,7 +82,7 @@ def _check(values: flags.FlagValues) -> None:
     if "://" in values.workdir:
         raise ValueError(
             f"--workdir={values.workdir}: must be a local or mounted folder; checkpoints may lie "
-            "in a bucket, --config.checkpointing.directory=gs://..."
+            f"in a bucket{launch.checkpoint_flags(values.config, values.workdir)}"
         )
     multihost.check_cluster(values.coordinator, values.num_processes, values.process_id)
     if values.profile_steps is not None:

@@ -19,6 +19,7 @@ from blt_jax.models import blt, llama3
 from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
 from blt_jax.recipes.blt_pretraining import BLTPretraining
 from blt_jax.recipes.language_model import LanguageModel
+from blt_jax.train.checkpoint import CheckpointingConfig
 from blt_jax.train.comparison import Comparison
 from blt_jax.train.configs import select_run
 from blt_jax.train.loop import LoggingConfig
@@ -234,16 +235,22 @@ def _paper(model: blt.BLTConfig, context_bytes: int, rows_per_batch: int) -> BLT
     data = DataConfig(
         sequence_length=context_bytes * 3 // 2, batch_size=rows_per_batch, max_patches=patches
     )
-    schedule = Schedule(learning_rate=4e-4, warmup_steps=2000, final_ratio=0.0)
+    training = {
+        "schedule": Schedule(learning_rate=4e-4, warmup_steps=2000, final_ratio=0.0),
+        "steps": 100_000,
+        "checkpointing": CheckpointingConfig(every=500),
+    }
+    entropies = blt.entropy_model_paper_100m()
     return BLTPretraining(
         entropy_model=Pretraining(
-            model=blt.entropy_model_paper_100m(),
+            model=dataclasses.replace(
+                entropies, transformer=dataclasses.replace(entropies.transformer, **remat)
+            ),
             data=dataclasses.replace(data, sequence_length=8192, max_patches=0),
-            schedule=schedule,
-            steps=100_000,
+            **training,
         ),
         patcher=PatcherConfig(target_patch_size=model.mean_patch_bytes),
-        blt=Pretraining(model=model, data=data, schedule=schedule, steps=100_000),
+        blt=Pretraining(model=model, data=data, **training),
         prompts=(),
     )
 
@@ -283,9 +290,12 @@ def _on_pod(
         latent=dataclasses.replace(model.latent, remat=remat),
         local_decoder=dataclasses.replace(model.local_decoder, remat=remat),
     )
-    accumulation = run.blt.data.batch_size // rows
+    accumulation = run.blt.data.batch_size // rows  # the entropy model has as many rows
     return dataclasses.replace(
-        run, mesh=mesh, blt=dataclasses.replace(run.blt, model=model, accumulation=accumulation)
+        run,
+        mesh=mesh,
+        blt=dataclasses.replace(run.blt, model=model, accumulation=accumulation),
+        entropy_model=dataclasses.replace(run.entropy_model, accumulation=accumulation),
     )
 
 

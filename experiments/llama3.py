@@ -21,6 +21,7 @@ from blt_jax.dist.mesh import MeshConfig
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import llama3
 from blt_jax.recipes.language_model import LanguageModel
+from blt_jax.train.checkpoint import CheckpointingConfig
 from blt_jax.train.comparison import Comparison
 from blt_jax.train.configs import select_run
 from blt_jax.train.optimizer import Decay, Schedule
@@ -124,6 +125,7 @@ def _paper(model: llama3.Llama3Config, learning_rate: float) -> LanguageModel:
         schedule=Schedule(learning_rate=learning_rate, warmup_steps=8000, final_ratio=0.01),
         phases=tuple(phases),
         averaging=AveragingConfig(kind=Averaging.UNIFORM),
+        checkpointing=CheckpointingConfig(every=500),
         prompts=(),
     )
 

@@ -23,6 +23,7 @@ from blt_jax.layers.transformer import Remat
 from blt_jax.models import llama3, megalodon
 from blt_jax.recipes.language_model import LanguageModel
 from blt_jax.recipes.long_context import LongContext
+from blt_jax.train.checkpoint import CheckpointingConfig
 from blt_jax.train.comparison import Comparison
 from blt_jax.train.configs import select_run
 from blt_jax.train.optimizer import Decay, OptimizerConfig, Schedule
@@ -165,6 +166,7 @@ def _paper(model: megalodon.MegalodonConfig, learning_rate: float) -> LanguageMo
         optimizer=EVERYTHING_DECAYS,
         schedule=Schedule(learning_rate=learning_rate, warmup_steps=2500),
         steps=2_000_000_000_000 // batch_tokens,
+        checkpointing=CheckpointingConfig(every=500),
         prompts=(),
     )
 

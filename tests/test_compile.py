@@ -2,10 +2,17 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+from blt_jax.dist.mesh import MeshConfig
+from blt_jax.layers.transformer import Remat
+from blt_jax.models import llama3
+from blt_jax.train import compilation, sweep
+from blt_jax.train.launch import load_experiment_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "--config=experiments/llama3.py:smoke"
@@ -87,14 +94,44 @@ def test_unrolled_layers_estimate_what_the_loop_over_them_does(report):
     assert "from unrolled layers: estimated step" in text
 
 
-def test_a_run_that_does_not_fit_names_a_lever():
+def test_a_run_that_does_not_fit_names_a_lever(tmp_path):
     big = [f"--config.model.transformer.{name}" for name in ("d_model=1024", "num_heads=8")]
     rows = ("--config.data.batch_size=4096", "--config.data.sequence_length=4096")
-    ((status, _, errors),) = programs((SMOKE, "--topology=v5e:1x1", *big, *rows))
+    kept = tmp_path / "report.json"
+    (activations, arguments) = programs(
+        (SMOKE, "--topology=v5e:1x1", *big, *rows, f"--output={kept}"),
+        ("--config=experiments/llama3.py:llama3_405b", "--topology=cuda:8"),
+    )
+    status, _, errors = activations
     assert status == 1
-    assert "does not fit" in errors and "parameters 0.0" in errors
+    assert re.search(r"does not fit on TPU v5 lite: .*[\d.]+[GT] of 15.75G\. Per device", errors)
+    assert "parameters 0.0" in errors and "RESOURCE_EXHAUSTED" not in errors
     assert "--config.model.transformer.remat=FULL" in errors
     assert "--config.accumulation=4096" in errors
+    numbers = json.loads(kept.read_text())
+    assert numbers["problem"] in errors and {"date", "versions", "topology"} < set(numbers)
+    status, output, errors = arguments
+    assert status == 1 and "GB of 80 GB before anything is computed" in errors and not output
+    assert "these alone take most of it: more devices along the mesh axes fsdp" in errors
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (67.36G) exceeds available HBM (31.24G).",
+            "temporaries alone 67.36G of 31.24G",
+        ),
+        (
+            "E1000. Ran out of memory in memory space hbm. Used 29.21G of 15.75G hbm. Exceeded",
+            "29.21G of 15.75G",
+        ),
+        ("RESOURCE_EXHAUSTED: of another kind\nmore", "RESOURCE_EXHAUSTED: of another kind"),
+    ],
+)
+def test_memory_wanted_in_the_messages_of_the_compiler(message, wanted):
+    assert compilation.memory_wanted(message) == wanted
 
 
 def test_sweep(tmp_path):
@@ -102,7 +139,37 @@ def test_sweep(tmp_path):
     (rows,), text = reports(tmp_path, (SMOKE, "--topology=v5e:2x2", *tried))
     assert {(row["tensor"], row["rows"]) for row in rows} == {(1, 4), (1, 8), (2, 4), (2, 8)}
     assert all("problem" not in row for row in rows) and any(row["pareto"] for row in rows)
-    assert "| data | fsdp | tensor | remat | rows |" in text
+    assert "| data | fsdp | tensor | expert | context | remat | rows |" in text
+
+
+def test_a_sweep_keeps_the_axes_that_it_does_not_try():
+    config = load_experiment_file(ROOT / "experiments" / "llama3.py").smoke()
+    axes = sweep.Axes(tensor=(1, 2), remat=(Remat.FULL,))
+    meshes = []
+
+    def make_mesh(mesh):
+        meshes.append(mesh)
+        raise ValueError("not made")
+
+    base, phase = MeshConfig(context=2), config.phases[0]
+    rows = sweep.sweep(config, phase, "v5e:2x2", base, make_mesh, axes, lambda line: None)
+    assert meshes == [MeshConfig(data=1, fsdp=-1, tensor=size, context=2) for size in (1, 2)]
+    assert [row["problem"] for row in rows] == ["not made"] * 2
+    assert "| 1 |  | 2 | 1 | 2 | FULL | 8 | not made |" in sweep.format_sweep(rows)
+
+
+def test_remat_of_a_sweep():
+    none, full = Remat.NONE, Remat.FULL
+
+    def policies(config, remat):
+        return [part.remat for _, part in compilation.stacks_of(sweep.with_remat(config, remat))]
+
+    plain = llama3.small(vocab_size=8, num_layers=1, d_model=8, num_heads=1)
+    assert policies(plain, full) == [full]
+    runs = load_experiment_file(ROOT / "experiments" / "blt.py")
+    assert policies(runs.smoke().blt.model, full) == [full] * 3
+    # The paper sizes store everything of the small encoder.
+    assert policies(runs.blt_1b().blt.model, full) == [none, full, full]
 
 
 MODELS = ("llama3", "blt", "megalodon")
@@ -158,9 +225,24 @@ def test_data_axis_across_slices(tmp_path):
 
 
 def test_lowering_for_cuda(tmp_path):
-    (numbers,), _ = reports(tmp_path, (SMOKE, "--topology=cuda:8"))
+    (numbers,), text = reports(tmp_path, (SMOKE, "--topology=cuda:8"))
     assert numbers["devices"] == 8 and numbers["module_bytes"] > 10_000
-    assert "not compiled" in numbers["estimate"]["note"]
+    estimate, sizes, flops = (numbers[key] for key in ("estimate", "bytes_per_device", "flops"))
+    assert "not compiled" in estimate["note"] and "step_seconds" not in estimate
+    assert estimate["least_seconds"] == pytest.approx(flops["program"] / 8 / 989e12)
+    assert estimate["most_mfu"] == pytest.approx(flops["model"] / flops["program"])
+    assert 0 < sizes["arguments"] < sizes["memory"] == 80e9
+    assert "bounds by the products" in text
+
+
+def test_every_training_of_a_run_is_compiled(tmp_path):
+    recipe = ("--config=experiments/contrastive_decoding.py:smoke", "--topology=cuda:4")
+    (both, one), text = reports(tmp_path, recipe, (*recipe, "--part=small"))
+    assert set(both) == {"expert", "small"}
+    assert both["small"]["parameters"] == one["parameters"] != both["expert"]["parameters"]
+    assert "expert: cuda:4" in text and "small: cuda:4" in text
+    ((status, output, _),) = programs((*recipe, "--program=decode"))
+    assert status == 0 and "only expert; --part chooses among expert, small" in output
 
 
 def test_bad_command_lines():
@@ -171,6 +253,18 @@ def test_bad_command_lines():
         ((SMOKE, "--topology=v5e:2x2", "--phase=7"), "phases 0..1"),
         ((SMOKE, "--topology=cuda:8", "--estimate=unrolled"), "only for --program=train"),
         ((SMOKE, "--topology=v9:2x2"), "v4, v5e, v5p, v6e"),
+        ((SMOKE, "--topology=cuda:8", "--sweep"), "--sweep: only for --program=train on a TPU"),
+        ((SMOKE, "--sweep", "--program=decode"), "--sweep: only for --program=train on a TPU"),
+        ((SMOKE, "--topology=v5e:2x2", "--sweep", "--sweep_tensor=a"), "--sweep_tensor=a: must be"),
+        ((SMOKE, "--topology=v5e:2x2", "--sweep", "--sweep_rows=0"), "--sweep_rows=0: must be"),
+        ((SMOKE, "--topology=v5e:2x2", "--sweep", "--sweep_remat=some"), "allowed are NONE"),
+        ((SMOKE, "--topology=v5e:2x2", "--slices=0"), "--slices=0: must be >= 1"),
+        ((SMOKE, "--topology=cuda:8", "--slices=2"), "--slices=2: only for TPU"),
+        ((SMOKE, "--batch=4"), "--batch=4: only for --program=prefill and decode"),
+        ((SMOKE, "--length=4"), "--length=4: only for --program=prefill and decode"),
+        ((SMOKE, "--program=decode", "--batch=-4"), "--batch=-4: must be >= 0"),
+        ((SMOKE, "--topology=cuda:4", "--program=decode", "--batch=3"), "must be a multiple of 4"),
+        (("--config=experiments/llama3.py:proof",), "Comparison has no training of its own"),
     ]
     results = programs(*(line for line, _ in expected))
     for (line, message), (status, _, errors) in zip(expected, results, strict=True):

@@ -166,7 +166,7 @@ def logical_axes(model: nn.Module) -> dict[str, Any]:
     )
 
 
-def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
+def param_shardings(model: nn.Module, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Tree of NamedSharding for the params of `model` on `mesh`, by `model.sharding`."""
 
     def sharding(leaf, names):
@@ -189,7 +189,7 @@ def init_params(model: nn.Module, key: jax.Array, mesh: Mesh | None = None) -> d
         return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
 
 
-def sharding_report(model: nn.Module, mesh: Mesh) -> list[dict[str, Any]]:
+def sharding_report(model: nn.Module, mesh: Mesh | AbstractMesh) -> list[dict[str, Any]]:
     """Where every parameter lies: name, shape, logical and mesh axes, bytes on one device."""
 
     def row(path, leaf, names, sharding):

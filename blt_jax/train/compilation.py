@@ -8,6 +8,8 @@ chip; all from the maker's data sheet. Nothing was measured on a device.
 
 import contextlib
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import pathlib
 import re
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from blt_jax.dist.sharding import param_shardings, sharding_report
+from blt_jax.dist.sharding import ShardingRules, param_shardings, sharding_report
 from blt_jax.layers.model import Model, ModelConfig
 from blt_jax.layers.tpu_attention import splash_flops
 from blt_jax.train import flops as flops_lib
@@ -29,8 +31,8 @@ from blt_jax.train import state as state_lib
 from blt_jax.train.hlo import Program
 from blt_jax.train.memory import bytes_per_device
 from blt_jax.train.optimizer import make_optimizer
-from blt_jax.train.pretraining import Experiment, Phase, Pretraining
-from blt_jax.train.step import batch_sharding, check_rows, make_train_step
+from blt_jax.train.pretraining import Experiment, Phase, Pretraining, trainings
+from blt_jax.train.step import batch_sharding, check_rows, make_train_step, row_parts
 
 
 class DoesNotFitError(MemoryError):
@@ -62,17 +64,15 @@ def select_part(experiment: Experiment, name: str = "") -> tuple[str, Pretrainin
 
     Raises ValueError naming the parts there are.
     """
-    if isinstance(experiment, Pretraining) and name in ("", "."):
-        return "", experiment
-    parts = {
-        field.name: value
-        for field in dataclasses.fields(experiment)
-        if isinstance(value := getattr(experiment, field.name), Pretraining)
-    }
-    if not parts or (name and name not in parts):
-        raise ValueError(f"--part={name}: the trainings of this run are {', '.join(parts)}")
+    parts = trainings(experiment)
+    if not parts:
+        raise ValueError(
+            f"--config: {type(experiment).__name__} has no training of its own to compile"
+        )
     name = name or next(iter(parts))
-    return f"{name}.", parts[name]
+    if name not in parts:
+        raise ValueError(f"--part={name}: the trainings of this run are {', '.join(parts)}")
+    return "" if name == "." else f"{name}.", parts[name]
 
 
 def select_phase(config: Pretraining, index: int = -1) -> Phase:
@@ -85,7 +85,9 @@ def select_phase(config: Pretraining, index: int = -1) -> Phase:
     return phases[index]
 
 
-def batch_shapes(config: Pretraining, phase: Phase, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    config: Pretraining, phase: Phase, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
     """What the step of a phase reads: arrays [accumulation, rows, length] as the loader makes."""
     data, parts = config.phase_data(phase), config.phase_accumulation(phase)
     sharding = batch_sharding(mesh, config.sharding)
@@ -102,6 +104,13 @@ def batch_shapes(config: Pretraining, phase: Phase, mesh: Mesh) -> dict[str, jax
     }
 
 
+def check_batch(rows: int, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> None:
+    """ValueError if the rows of prefill or decode cannot be divided over the devices."""
+    parts = row_parts(batch_sharding(mesh, rules))
+    if rows % parts:
+        raise ValueError(f"--batch={rows}: must be a multiple of {parts}, the devices along rows")
+
+
 def placed(shapes: Any, shardings: Any) -> Any:
     """A tree of ShapeDtypeStruct that carry shardings."""
     return jax.tree.map(
@@ -109,7 +118,9 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def train_job(config: Pretraining, phase: Phase, mesh: Mesh, prefix: str = "") -> Job:
+def train_job(
+    config: Pretraining, phase: Phase, mesh: Mesh | AbstractMesh, prefix: str = ""
+) -> Job:
     """The train step of a phase, as `Pretraining.fit` makes it."""
     model = (phase.model or config.model).build(config.sharding)
     shapes = state_lib.abstract_params(model)
@@ -199,7 +210,9 @@ def replace_stacks(model: ModelConfig, changes: dict[tuple[str, ...], dict]) -> 
     return dataclasses.replace(model, **changed)
 
 
-def _levers(config: Pretraining, phase: Phase, mesh: Mesh, prefix: str) -> tuple[str, ...]:
+def _levers(
+    config: Pretraining, phase: Phase, mesh: Mesh | AbstractMesh, prefix: str
+) -> tuple[str, ...]:
     """What lowers the activations, nearest first, in the words of the command line."""
     from blt_jax.layers.transformer import Remat
 
@@ -282,9 +295,18 @@ def compile_job(job: Job) -> tuple[Any, str, float]:
 
 
 def _does_not_fit(job: Job, message: str) -> str:
+    return advice(job, f"does not fit on {_kind(job.mesh)}: {memory_wanted(message)}")
+
+
+def memory_wanted(message: str) -> str:
+    """What a program needs of what there is, in the words of libtpu's out-of-memory message."""
     used = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
-    need = f"{used.group(1)} of {used.group(2)}" if used else message.splitlines()[0][:300]
-    return advice(job, f"does not fit on {_kind(job.mesh)}: {need}")
+    if used:
+        return f"{used.group(1)} of {used.group(2)}"
+    alone = r"HLO temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)"
+    if found := re.search(alone, message):
+        return f"temporaries alone {found.group(1)} of {found.group(2)}"
+    return message.splitlines()[0][:300]
 
 
 def advice(job: Job, reason: str) -> str:
@@ -301,15 +323,31 @@ def advice(job: Job, reason: str) -> str:
     return f"{reason}. Per device: {listed}; the rest is temporaries. Lever: {lever}."
 
 
+def made(topology: str) -> dict[str, Any]:
+    """How a report came about: topology, date, versions of the compilers."""
+    versions = {}
+    for name in ("jax", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "topology": topology,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions,
+    }
+
+
 def report(job: Job, topology: str) -> dict[str, Any]:
     """Compiles a job (lowers it, if its devices are abstract) and gives its report for json.
 
-    Raises DoesNotFitError if its peak exceeds the memory of a chip.
+    Raises DoesNotFitError if its arguments or its peak exceed the memory of a chip.
     """
     kind = _kind(job.mesh)
+    chip, needed = flops_lib.chip(kind), sum(job.sizes.values())
+    if chip and chip.memory and needed > chip.memory:
+        reason = f"{needed / 1e9:.1f} GB of {chip.memory / 1e9:.0f} GB before anything is computed"
+        raise DoesNotFitError(advice(job, f"does not fit on {kind}: {reason}"))
     counted, exact = program_flops(job)
-    numbers = {
-        "topology": topology,
+    numbers = made(topology) | {
         "device": kind,
         "devices": job.mesh.size,
         "mesh": dict(job.mesh.shape),
@@ -319,9 +357,10 @@ def report(job: Job, topology: str) -> dict[str, Any]:
         "parameters": sharding_report(job.model, job.mesh),
     }
     if isinstance(job.mesh, AbstractMesh):
-        return numbers | _lowered(job)
+        numbers["bytes_per_device"] |= {"arguments": needed, "memory": int(chip.memory)}
+        return numbers | _lowered(job, counted)
     compiled, text, seconds = compile_job(job)
-    memory, chip = _memory(compiled), flops_lib.chip(kind)
+    memory = _memory(compiled)
     numbers["bytes_per_device"] |= memory
     if chip and chip.memory:
         numbers["bytes_per_device"]["memory"] = int(chip.memory)
@@ -340,14 +379,19 @@ def report(job: Job, topology: str) -> dict[str, Any]:
     }
 
 
-def _lowered(job: Job) -> dict[str, Any]:
+def _lowered(job: Job, counted: float) -> dict[str, Any]:
     started = time.perf_counter()
     with _on(job.mesh):
         jitted = jax.jit(job.function, donate_argnums=job.donated, out_shardings=job.out_shardings)
         lowered = jitted.trace(*job.arguments).lower(lowering_platforms=("cuda",))
     return {
         "module_bytes": len(lowered.as_text()),
-        "estimate": {"note": "lowered for CUDA, not compiled: no temporaries, no collectives"},
+        "estimate": {
+            "note": "lowered for CUDA, not compiled: no temporaries, no collectives",
+            # Recomputation included: no program of these products is faster.
+            "least_seconds": counted / job.mesh.size / flops_lib.peak_flops(_kind(job.mesh)),
+            "most_mfu": job.model_flops / counted,
+        },
         "compile_seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -449,6 +493,11 @@ def _reach(collective: dict[str, Any]) -> str:
 
 
 def _format_estimate(numbers: dict[str, Any]) -> str:
+    if "least_seconds" in numbers:
+        return (
+            f"{numbers['note']}; bounds by the products at the peak of the data sheet: at least "
+            f"{numbers['least_seconds']:.3g} s, MFU at most {100 * numbers['most_mfu']:.0f} %"
+        )
     if "step_seconds" not in numbers:
         return numbers["note"]
     step, mfu = numbers["step_seconds"], numbers["mfu"]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from blt_jax.dist.mesh import make_mesh
 from blt_jax.train import configs
 from blt_jax.train.loop import LoggingConfig
-from blt_jax.train.pretraining import Experiment, make_context
+from blt_jax.train.pretraining import Experiment, make_context, trainings
 from blt_jax.train.workdir import claim_workdir, locked_workdir
 
 
@@ -91,6 +91,16 @@ def check_command_line(argv: list[str]) -> None:
             negated, name = match.groups()
             configs.check_path(config, name)
             del negated
+
+
+def checkpoint_flags(config: Experiment, bucket: str) -> str:
+    """The flags that have every training of an experiment save in a bucket, each in its folder."""
+    names = ["" if name == "." else name for name in trainings(config)]
+    return "".join(
+        f" --config.{name}{'.' if name else ''}checkpointing.directory={bucket.rstrip('/')}/"
+        f"{name or 'checkpoints'}"
+        for name in names
+    )
 
 
 def set_profile(config: Any, steps: str) -> None:

@@ -278,6 +278,15 @@ class Pretraining(Experiment):
         return self.fit(context).metrics
 
 
+def trainings(experiment: Experiment) -> dict[str, Pretraining]:
+    """The trainings of an experiment by name; "." is the experiment itself, where it is one."""
+    found = {".": experiment} if isinstance(experiment, Pretraining) else {}
+    for field in dataclasses.fields(experiment):
+        if isinstance(value := getattr(experiment, field.name), Pretraining):
+            found[field.name] = value
+    return found
+
+
 @dataclasses.dataclass
 class Fit:
     """What training gives: the module, its parameters, their average (or None), the numbers."""

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from blt_jax.dist.sharding import init_params, param_shapes, param_shardings
 from blt_jax.layers.model import Model
@@ -118,7 +118,10 @@ def abstract_state(
 
 
 def state_shardings(
-    model: Model, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh | AbstractMesh,
 ) -> TrainState:
     """Shardings of every leaf of the state: moments and averages lie as their parameters."""
     replicated = NamedSharding(mesh, PartitionSpec())

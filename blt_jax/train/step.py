@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from blt_jax.dist.sharding import ShardingRules
 from blt_jax.layers.model import LossSums
@@ -18,7 +18,7 @@ from blt_jax.train.state import Averaging, AveragingConfig, TrainState, update_a
 LossFunction = Callable[[Any, dict[str, jax.Array], jax.Array], LossSums]
 
 
-def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> NamedSharding:
     """Sharding of a batch [accumulation, rows, ...]: rows over the axes of `batch`."""
     return NamedSharding(mesh, PartitionSpec(None, *rules.spec(("batch",))))
 

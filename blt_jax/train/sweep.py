@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from blt_jax.dist.mesh import MeshConfig
+from blt_jax.dist.mesh import AXES, MeshConfig
 from blt_jax.layers.transformer import Remat
 from blt_jax.train.compilation import (
     DoesNotFitError,
@@ -18,24 +18,48 @@ from blt_jax.train.compilation import (
 )
 from blt_jax.train.pretraining import Phase, Pretraining
 
+MESH_AXES = ("data", "tensor", "expert", "context")
+
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """What is tried: sizes of the mesh axes data and tensor (fsdp takes the rest), remat policies
-    of the largest transformers, rows per step; an empty tuple leaves the run's own."""
+    """What is tried: sizes of mesh axes (fsdp takes the rest), remat policies (see `with_remat`),
+    rows per step; an empty tuple leaves the run's own."""
 
     data: tuple[int, ...] = (1,)
     tensor: tuple[int, ...] = (1, 2, 4)
+    expert: tuple[int, ...] = ()
+    context: tuple[int, ...] = ()
     remat: tuple[Remat, ...] = (Remat.SAVE_NAMES, Remat.FULL)
     rows: tuple[int, ...] = ()
 
 
+def parse_axes(flags: Any) -> Axes:
+    """What the flags --sweep_<axis> say, lists of texts; ValueError for what is not a size >= 1 or
+    a policy."""
+
+    def texts(name: str) -> list[str]:
+        return getattr(flags, f"sweep_{name}")
+
+    for name in (*MESH_AXES, "rows"):
+        if not all(text.isdigit() and int(text) for text in texts(name)):
+            raise ValueError(
+                f"--sweep_{name}={','.join(texts(name))}: must be numbers >= 1, as 1,2,4"
+            )
+    allowed = Remat.__members__
+    if unknown := set(texts("remat")) - set(allowed):
+        raise ValueError(f"--sweep_remat={unknown.pop()}: allowed are {', '.join(allowed)}")
+    numbers = {name: tuple(map(int, texts(name))) for name in (*MESH_AXES, "rows")}
+    return Axes(remat=tuple(allowed[text] for text in texts("remat")), **numbers)
+
+
 def with_remat(config: Any, remat: Remat) -> Any:
-    """A copy of a model config with this policy in every stack of layers that has one."""
-    policies = {
-        name: {"remat": remat} for name, part in stacks_of(config) if part.remat is not Remat.NONE
-    }
-    return replace_stacks(config, policies)
+    """A copy of a model config with this policy in every stack of layers that has one; in all of
+    them, if none has."""
+    stacks = stacks_of(config)
+    chosen = [name for name, part in stacks if part.remat is not Remat.NONE]
+    chosen = chosen or [name for name, _ in stacks]
+    return replace_stacks(config, {name: {"remat": remat} for name in chosen})
 
 
 def with_rows(config: Pretraining, phase: Phase, rows: int) -> Phase:
@@ -48,19 +72,25 @@ def sweep(
     config: Pretraining,
     phase: Phase,
     topology: str,
+    base: MeshConfig,
     make_mesh: Callable[[MeshConfig], Mesh],
     axes: Axes,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """One row of numbers per combination; `problem` instead of them where there is one."""
+    """One row of numbers per combination; `problem` instead of them where there is one.
+
+    base: the run's mesh, for the axes that are not tried.
+    """
     found = []
+    tried = {name: getattr(axes, name) or (getattr(base, name),) for name in MESH_AXES}
     rows = axes.rows or (config.phase_data(phase).batch_size,)
-    for data, tensor, remat, count in itertools.product(axes.data, axes.tensor, axes.remat, rows):
-        row = {"data": data, "tensor": tensor, "remat": remat.name, "rows": count}
-        model = with_remat(phase.model or config.model, remat)
-        changed = dataclasses.replace(with_rows(config, phase, count), model=model)
+    for *sizes, remat, count in itertools.product(*tried.values(), axes.remat, rows):
+        sizes = dict(zip(tried, sizes, strict=True))
+        row = sizes | {"remat": remat.name, "rows": count}
         try:
-            mesh = make_mesh(MeshConfig(data=data, fsdp=-1, tensor=tensor))
+            model = with_remat(phase.model or config.model, remat)
+            changed = dataclasses.replace(with_rows(config, phase, count), model=model)
+            mesh = make_mesh(dataclasses.replace(base, fsdp=-1, **sizes))
             numbers = report(train_job(config, changed, mesh), topology)
         except (DoesNotFitError, ValueError) as error:
             row["problem"] = str(error).split(". ")[0]
@@ -92,11 +122,13 @@ def _dominates(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def format_sweep(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown table, least memory first; * marks the Pareto front."""
     lines = [
-        "| data | fsdp | tensor | remat | rows | peak GB | MFU, collectives hidden / exposed | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | fsdp | tensor | expert | context | remat | rows | peak GB | "
+        "MFU, collectives hidden / exposed | |",
+        "|---" * 10 + "|",
     ]
     for row in sorted(rows, key=lambda row: row.get("peak_bytes", float("inf"))):
-        name = f"| {row['data']} | {row.get('fsdp', '')} | {row['tensor']} | {row['remat']} | "
+        sizes = (row.get(axis, "") for axis in AXES)
+        name = f"| {' | '.join(map(str, sizes))} | {row['remat']} | "
         if "problem" in row:
             lines.append(f"{name}{row['rows']} | {row['problem']} | | |")
             continue
