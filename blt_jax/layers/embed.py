@@ -69,7 +69,23 @@ class Head(nn.Module):
         return head_logits(x, kernel, self.sharding)
 
 
-def check_token_ids(name: str, ids: jax.Array | np.ndarray) -> None:
-    """Raises TypeError unless ids have an integer type (a float array would be truncated)."""
+def check_token_ids(
+    name: str,
+    ids: jax.Array | np.ndarray,
+    vocab_size: int | None = None,
+    real: jax.Array | np.ndarray | None = None,
+) -> None:
+    """Raises TypeError unless ids have an integer type (a float array would be truncated).
+
+    vocab_size: also raises ValueError for ids outside 0..vocab_size-1 where they are known, that
+    is outside jit. real: bool of the shape of ids, the ones that are looked at; None all.
+    """
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{name} has dtype {ids.dtype}: token ids must be integers")
+    if vocab_size is None or any(isinstance(x, jax.core.Tracer) for x in (ids, real)):
+        return
+    found = np.asarray(ids) if real is None else np.asarray(ids)[np.asarray(real)]
+    if found.size and (found.min() < 0 or found.max() >= vocab_size):
+        raise ValueError(
+            f"{name} hold ids {found.min()}..{found.max()}: must be 0..{vocab_size - 1}"
+        )

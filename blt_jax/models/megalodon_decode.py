@@ -223,9 +223,8 @@ class MegalodonDecoder:
         cache: MegalodonCache,
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], MegalodonCache]:
-        """As Decoder.step. Outside jit, raises ValueError when a row has no room left."""
-        step.check_token_ids("tokens", tokens)
-        step.check_room(cache.lengths, 1, self.capacity)
+        """As Decoder.step."""
+        step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         active = jnp.ones(tokens.shape, bool) if active is None else active
         hidden, cache = self.prepare()._piece(tokens[:, None], cache, active)
         return self.model.token_logits(self.params, hidden[:, 0]), cache
