@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
 from blt_jax.layers.cache import StepCache
+from blt_jax.layers.embed import look_up
 from blt_jax.layers.model import Model
 from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.transformer import TransformerConfig
@@ -84,7 +85,7 @@ class OverTransformer:
 
     def _embed(self, tokens):
         dtype = self.model.config.precision.dtype
-        return jnp.take(self.params["embed"]["table"], tokens, axis=0).astype(dtype)
+        return look_up(self.params["embed"]["table"], tokens, self.model.sharding).astype(dtype)
 
     def _final_norm(self, x):
         return rms_norm(x, self.params["norm"]["weight"], self._stack.norm_eps)

@@ -30,14 +30,20 @@ class Embed(nn.Module):
         )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # The gather needs the width unsharded, or the partitioner replicates the table.
-        table = constrain(self.table, ("vocab", None), self.sharding)
-        x_BTD = jnp.take(table, ids, axis=0).astype(self.dtype)
+        x_BTD = look_up(self.table, ids, self.sharding).astype(self.dtype)
         return constrain(x_BTD, ("batch", "length", "embed_act"), self.sharding)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits with the same table (tied head)."""
         return head_logits(x, self.table.T, self.sharding)
+
+
+def look_up(
+    table: Float[Array, "V D"], ids: Int[Array, "*B"], sharding: ShardingRules
+) -> Float[Array, "*B D"]:
+    """The rows of the table that ids name."""
+    # The gather needs the width unsharded, or the partitioner replicates the table.
+    return jnp.take(constrain(table, ("vocab", None), sharding), ids, axis=0)
 
 
 def head_logits(
