@@ -16,13 +16,14 @@ Axes: B batch, T prompt, C continuations, M new tokens, V vocabulary.
 | two models side by side | `ContrastiveDecoder`: greedy and sampling by `sampling.generate` |
 | amateur: smaller model, earlier checkpoint | any other `Decoder` |
 | amateur: shortened context; negative prompt | `amateur_context`; `amateur_prompt` |
-| beam search (Li et al.) | `contrastive_beam_search` |
+| amateur: n-grams (Li et al.) | `ngram.NgramDecoder` |
+| beam search (Li et al.) | `contrastive_beam_search`, `BeamPool` |
 | ranking of given answers | `contrastive_scores` |
 | self-consistency, copying | `majority_vote`, `copy_rate` |
 
-Departures: Li et al.'s code preselects beam candidates by the expert alone, and uses no mask in
-greedy mode; here every search ranks by the contrastive score, masked as their paper says. An
-n-gram amateur is any `Decoder` whose step reads a table. LLaMA's norm by the likelihood of an
+Departures: Li et al.'s code preselects beam candidates by the expert alone, which is an option
+here (`BeamPool`), and uses no mask in greedy mode; here every search is masked as their paper says,
+by alpha alone, where their beams keep two tokens at least. LLaMA's norm by the likelihood of an
 answer without its question is left to the caller: it is another call of `score_continuations`.
 Where a stored text of the paper prints the cutoff with 1/alpha, its code and proof have alpha, as
 here.
@@ -44,10 +45,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from blt_jax.decoding.beam_search import Beams, beam_search
 from blt_jax.decoding.decoder import Decoder
+from blt_jax.decoding.logits import AllowedIds, Temperature, check_number, known
 from blt_jax.decoding.scoring import ContinuationScores, score_continuations
 
 # An amateur that excludes a token has a very low logit for it, since an infinite one gives NaN.
@@ -72,6 +75,15 @@ class Masked(enum.Enum):
 
     EXCLUDED = "excluded"
     LOWEST = "lowest"
+
+
+class BeamPool(enum.Enum):
+    """Which pairs of beam and next token are compared by their contrastive scores: ALL, or the
+    2 num_beams that the EXPERT finds most probable, whatever the score of the beam (the code of
+    Li et al.)."""
+
+    ALL = "all"
+    EXPERT = "expert"
 
 
 # ------------------------------------------------------------------------------- the rule
@@ -99,9 +111,13 @@ def contrastive_logits(
     """Float32 scores of the next token; argmax is greedy, softmax(scores / t) samples.
 
     As a distribution: p_e (p_e / p_a) ** beta over the plausible tokens. The numbers may be
-    traced. Raises ValueError for alpha outside 0..1, beta < 0 or amateur_temperature <= 0.
+    traced. A row that holds NaN, or has no token left by the expert, becomes NaN, which
+    `jax.experimental.checkify` reports. Raises ValueError for alpha outside 0..1, beta < 0,
+    amateur_temperature <= 0 or different shapes.
     """
     check_strengths(alpha, beta, amateur_temperature)
+    if expert.shape != amateur.shape:
+        raise ValueError(f"expert {expert.shape} and amateur {amateur.shape}: must be equal")
     keep = plausible(expert, alpha)
     e = jnp.where(keep, expert.astype(jnp.float32), LOWEST_LOGIT)
     a = jnp.maximum(amateur.astype(jnp.float32) / amateur_temperature, LOWEST_LOGIT)
@@ -114,21 +130,18 @@ def contrastive_logits(
     floor = -jnp.inf
     if masked is Masked.LOWEST:
         floor = jnp.min(jnp.where(keep, scores, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(keep, scores, floor)
+    # No token is plausible then, and the argmax of an empty row would be id 0.
+    lost = ~(jnp.max(expert, axis=-1, keepdims=True) > -jnp.inf)
+    lost |= jnp.isnan(jnp.max(amateur, axis=-1, keepdims=True))
+    checkify.debug_check(~jnp.any(lost), "logits of expert or amateur hold NaN, or are all -inf")
+    return jnp.where(lost, jnp.nan, jnp.where(keep, scores, floor))
 
 
 def check_strengths(alpha: Any, beta: Any, amateur_temperature: Any = 1.0) -> None:
     """ValueError as of `contrastive_logits`, for the numbers that are known, that is not traced."""
-    alpha, beta, amateur_temperature = (
-        None if isinstance(number, jax.core.Tracer) else number
-        for number in (alpha, beta, amateur_temperature)
-    )
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha}: must be 0..1 (0: no mask)")
-    if beta is not None and not 0 <= beta < float("inf"):
-        raise ValueError(f"beta={beta}: must be >= 0")
-    if amateur_temperature is not None and not 0 < amateur_temperature < float("inf"):
-        raise ValueError(f"amateur_temperature={amateur_temperature}: must be above 0")
+    check_number("alpha", alpha, lambda x: (x >= 0) & (x <= 1), "0..1 (0: no mask)")
+    check_number("beta", beta, lambda x: (x >= 0) & (x < np.inf), ">= 0")
+    Temperature.check("amateur_temperature", amateur_temperature)
 
 
 # ------------------------------------------------------------------- two models in step
@@ -164,6 +177,7 @@ class ContrastiveDecoder:
     0 all (Li et al.: 1). amateur_prompt: (tokens [B, T'], lengths [B]) that it reads instead.
     allowed: bool [V], the only tokens that may follow, before plausibility is judged; None all.
     A repetition penalty belongs to the expert alone: make it a `logits.ProcessedDecoder`.
+    expert_pool: beams of every prompt in a search with BeamPool.EXPERT, else 0.
     """
 
     expert: Decoder
@@ -177,6 +191,7 @@ class ContrastiveDecoder:
     amateur_context: int = flax.struct.field(pytree_node=False, default=0)
     amateur_prompt: Any = None
     allowed: Any = None
+    expert_pool: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
     def create(
@@ -197,7 +212,9 @@ class ContrastiveDecoder:
             raise ValueError(f"vocab_size={vocab_size}: must be 0..{min(sizes)}")
         decoder = cls(expert, amateur, vocab_size or sizes[0], **settings)
         check_strengths(decoder.alpha, decoder.beta, decoder.amateur_temperature)
-        if decoder.beta > 2:
+        if decoder.allowed is not None:
+            AllowedIds(decoder.allowed).check_size(decoder.vocab_size)
+        if known(decoder.beta) and np.any(np.asarray(decoder.beta) > 2):
             warnings.warn(f"beta={decoder.beta} is strong: 0.5 is usual", stacklevel=2)
         if decoder.amateur_context < 0:
             raise ValueError(f"amateur_context={decoder.amateur_context}: must be >= 0")
@@ -236,7 +253,8 @@ class ContrastiveDecoder:
         with jax.named_scope("amateur"):
             prompts = self._amateur_prompts(tokens, lengths)
             amateur, amateur_cache = self.amateur.prefill(*prompts)
-        return self._combine(expert, amateur), ContrastiveCache(expert_cache, amateur_cache)
+        logits = self._combine(expert, amateur, beams=1)
+        return logits, ContrastiveCache(expert_cache, amateur_cache)
 
     def step(
         self,
@@ -249,7 +267,8 @@ class ContrastiveDecoder:
             expert, expert_cache = self.expert.step(tokens, cache.expert, active)
         with jax.named_scope("amateur"):
             amateur, amateur_cache = self.amateur.step(tokens, cache.amateur, active)
-        return self._combine(expert, amateur), ContrastiveCache(expert_cache, amateur_cache)
+        logits = self._combine(expert, amateur, beams=self.expert_pool)
+        return logits, ContrastiveCache(expert_cache, amateur_cache)
 
     def _amateur_prompts(self, tokens, lengths):
         if self.amateur_prompt is not None:
@@ -266,14 +285,18 @@ class ContrastiveDecoder:
         shortened = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
         return shortened, jnp.minimum(lengths, self.amateur_context)
 
-    def _combine(self, expert, amateur):
+    def _combine(self, expert, amateur, beams):
         V = self.vocab_size
         numbers = (self.alpha, self.beta, self.form, self.amateur_temperature, self.masked)
         with jax.named_scope("contrast"):
             expert = expert[:, :V]
             if self.allowed is not None:
                 expert = jnp.where(self.allowed[None, :], expert, -jnp.inf)
-            return contrastive_logits(expert, amateur[:, :V], *numbers)
+            scores = contrastive_logits(expert, amateur[:, :V], *numbers)
+            if not self.expert_pool:
+                return scores
+            pool = most_probable_pairs(expert, beams, 2 * self.expert_pool)
+            return jnp.where(pool | jnp.isnan(scores), scores, -jnp.inf)
 
 
 def check_tokenizers(expert: Any, amateur: Any) -> None:
@@ -291,6 +314,16 @@ def check_tokenizers(expert: Any, amateur: Any) -> None:
 # ---------------------------------------------------------------------- search and ranking
 
 
+def most_probable_pairs(logits: Float[Array, "N V"], beams: int, count: int) -> Bool[Array, "N V"]:
+    """The `count` most probable pairs of row and token of every `beams` rows that follow each
+    other, by the probability of the token in its row."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    log_p = log_p.reshape(-1, beams * logits.shape[1])
+    _, places = jax.lax.top_k(log_p, min(count, log_p.shape[1]))
+    prompt = jnp.arange(log_p.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros(log_p.shape, bool).at[prompt, places].set(True).reshape(logits.shape)
+
+
 def contrastive_beam_search(
     decoder: ContrastiveDecoder,
     tokens: Shaped[Array | np.ndarray, "B T"],
@@ -299,6 +332,7 @@ def contrastive_beam_search(
     max_new_tokens: int,
     stop_ids: tuple[int, ...] = (),
     length_penalty: float = 0.0,
+    pool: BeamPool = BeamPool.ALL,
 ) -> Beams:
     """`beam_search` by the sum of contrastive scores (Li et al.); raises as it does.
 
@@ -306,6 +340,8 @@ def contrastive_beam_search(
     compare.
     """
     settings = (num_beams, max_new_tokens, stop_ids, length_penalty)
+    if pool is BeamPool.EXPERT:
+        decoder = decoder.replace(expert_pool=num_beams)
     return beam_search(_comparable(decoder), tokens, lengths, *settings, normalize=False)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
 from blt_jax.layers.cache import StepCache
+from blt_jax.layers.embed import look_up
 from blt_jax.layers.model import Model
 from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.transformer import TransformerConfig
@@ -40,7 +41,12 @@ class Decoder(Protocol):
         """
 
     def step(self, tokens: jax.Array, cache: Any, active: jax.Array | None = None):
-        """Logits [B, V] after one more token [B], and the cache; rows not `active` keep theirs."""
+        """Logits [B, V] after one more token [B], and the cache; rows not `active` keep theirs.
+
+        Raises TypeError for ids that are no integers; outside jit, ValueError for active rows with
+        an id outside the vocabulary or without room. Inside jit nobody looks: an id beyond the
+        vocabulary gives NaN, and a negative one is counted from its end.
+        """
 
 
 @flax.struct.dataclass
@@ -79,7 +85,7 @@ class OverTransformer:
 
     def _embed(self, tokens):
         dtype = self.model.config.precision.dtype
-        return jnp.take(self.params["embed"]["table"], tokens, axis=0).astype(dtype)
+        return look_up(self.params["embed"]["table"], tokens, self.model.sharding).astype(dtype)
 
     def _final_norm(self, x):
         return rms_norm(x, self.params["norm"]["weight"], self._stack.norm_eps)
@@ -143,9 +149,8 @@ class TransformerDecoder(OverTransformer):
         cache: TransformerCache,
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], TransformerCache]:
-        """As Decoder.step. Outside jit, raises ValueError when a row has no room left."""
-        step.check_token_ids("tokens", tokens)
-        step.check_room(cache.lengths, 1, self.capacity)
+        """As Decoder.step."""
+        step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         layers, x = self.prepare().weights, self._embed(tokens)
         x, key_values = step.transformer_step(self._stack, layers, x, cache.key_values, active)
         logits = self.model.token_logits(self.params, self._final_norm(x))

@@ -1,11 +1,12 @@
 """Logits processors: what happens to logits before a token is chosen, composed in order.
 
 Each is a pytree, so its numbers may be arrays that change without a new compile (TopK.k may not).
-The order of the classes is the order in which `SamplingConfig` applies them.
+Numbers that are known, that is not traced, must be in the range of the class, or ValueError is
+raised. The order of the classes is the order in which `SamplingConfig` applies them.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -47,16 +48,18 @@ def process_logits(
     return logits
 
 
-def allowed_tokens(processors: Sequence[LogitsProcessor]) -> Any:
+def allowed_tokens(processors: Sequence[LogitsProcessor], vocab_size: int) -> Any:
     """bool [V]: the tokens that all AllowedIds keep; None if there are none of them.
 
-    Raises ValueError if they share no token.
+    Raises ValueError if they share no token, or are of another vocabulary.
     """
-    found = [p.allowed for p in processors if isinstance(p, AllowedIds)]
+    found = [p for p in processors if isinstance(p, AllowedIds)]
     if not found:
         return None
-    allowed = functools.reduce(jnp.logical_and, found)
-    if not isinstance(allowed, jax.core.Tracer) and not bool(allowed.any()):
+    for processor in found:
+        processor.check_size(vocab_size)
+    allowed = functools.reduce(jnp.logical_and, [p.allowed for p in found])
+    if known(allowed) and not bool(allowed.any()):
         raise ValueError("allowed_ids: the processors and the config allow no token in common")
     return allowed
 
@@ -66,7 +69,7 @@ def constrained(decoder: Decoder, processors: Sequence[LogitsProcessor]) -> Deco
 
     One that excludes tokens itself, and could leave no allowed one, has `constrained(allowed)`.
     """
-    allowed = allowed_tokens(processors)
+    allowed = allowed_tokens(processors, decoder.vocab_size)
     if allowed is None or not hasattr(decoder, "constrained"):
         return decoder
     return decoder.constrained(allowed)
@@ -83,6 +86,20 @@ def tokens_seen(
     return jnp.zeros((B, vocab_size), bool).at[row_B1, ids_BT].set(True, mode="drop")
 
 
+def known(number: Any) -> bool:
+    """Whether it is a number, or an array of them, whose value can be looked at."""
+    number_like = isinstance(number, (int, float, np.generic, np.ndarray, jax.Array))
+    return number_like and not isinstance(number, jax.core.Tracer)
+
+
+def check_number(
+    name: str, number: Any, holds: Callable[[np.ndarray], np.ndarray], allowed: str
+) -> None:
+    """ValueError saying what is `allowed` unless a number that is known satisfies `holds`."""
+    if known(number) and not np.all(holds(np.asarray(number))):
+        raise ValueError(f"{name}={number}: must be {allowed}")
+
+
 @flax.struct.dataclass
 class RepetitionPenalty:
     """Divides positive logits of tokens that the row holds, and multiplies negative ones, by
@@ -90,6 +107,14 @@ class RepetitionPenalty:
 
     penalty: Any
     needs_seen = True
+
+    def __post_init__(self):
+        self.check("RepetitionPenalty.penalty", self.penalty)
+
+    @staticmethod
+    def check(name: str, penalty: Any) -> None:
+        """ValueError unless above 0."""
+        check_number(name, penalty, lambda x: (x > 0) & (x < np.inf), "above 0")
 
     def __call__(self, logits, seen):
         penalized = jnp.where(logits < 0, logits * self.penalty, logits / self.penalty)
@@ -103,6 +128,17 @@ class AllowedIds:
     allowed: Any
     needs_seen = False
 
+    def __post_init__(self):
+        if not known(self.allowed):
+            return
+        if self.allowed.dtype != bool:
+            raise TypeError(
+                f"AllowedIds.allowed has dtype {self.allowed.dtype}: must be bool [V] "
+                "(AllowedIds.create takes ids)"
+            )
+        if not np.any(self.allowed):
+            raise ValueError("AllowedIds.allowed excludes every token: one must be allowed")
+
     @classmethod
     def create(cls, ids: tuple[int, ...], vocab_size: int) -> "AllowedIds":
         """From the ids. Raises ValueError for none, or for one outside the vocabulary."""
@@ -114,7 +150,15 @@ class AllowedIds:
         allowed[list(ids)] = True
         return cls(jnp.asarray(allowed))
 
+    def check_size(self, vocab_size: int) -> None:
+        """ValueError unless made for this vocabulary."""
+        if self.allowed.shape != (vocab_size,):
+            raise ValueError(
+                f"AllowedIds.allowed has shape {self.allowed.shape}: must be ({vocab_size},)"
+            )
+
     def __call__(self, logits, seen):
+        self.check_size(logits.shape[-1])
         return jnp.where(self.allowed[None, :], logits, -jnp.inf)
 
 
@@ -124,6 +168,14 @@ class Temperature:
 
     temperature: Any
     needs_seen = False
+
+    def __post_init__(self):
+        self.check("Temperature.temperature", self.temperature)
+
+    @staticmethod
+    def check(name: str, temperature: Any, or_zero: str = "") -> None:
+        """ValueError unless above 0; or_zero: what the message adds about 0."""
+        check_number(name, temperature, lambda x: (x > 0) & (x < np.inf), "above 0" + or_zero)
 
     def __call__(self, logits, seen):
         return logits / self.temperature
@@ -135,6 +187,14 @@ class TopK:
 
     k: int = flax.struct.field(pytree_node=False)
     needs_seen = False
+
+    def __post_init__(self):
+        self.check("TopK.k", self.k)
+
+    @staticmethod
+    def check(name: str, k: int, or_zero: str = "") -> None:
+        """ValueError unless at least 1; or_zero as of Temperature."""
+        check_number(name, k, lambda x: x >= 1, ">= 1" + or_zero)
 
     def __call__(self, logits, seen):
         if self.k >= logits.shape[-1]:
@@ -150,6 +210,14 @@ class TopP:
     p: Any
     needs_seen = False
 
+    def __post_init__(self):
+        self.check("TopP.p", self.p)
+
+    @staticmethod
+    def check(name: str, p: Any) -> None:
+        """ValueError unless above 0 and at most 1."""
+        check_number(name, p, lambda x: (x > 0) & (x <= 1), "above 0 and <= 1")
+
     def __call__(self, logits, seen):
         descending = -jnp.sort(-logits, axis=-1)
         probability = jax.nn.softmax(descending, axis=-1)
@@ -164,6 +232,14 @@ class MinP:
 
     share: Any
     needs_seen = False
+
+    def __post_init__(self):
+        self.check("MinP.share", self.share)
+
+    @staticmethod
+    def check(name: str, share: Any) -> None:
+        """ValueError unless 0..1."""
+        check_number(name, share, lambda x: (x >= 0) & (x <= 1), "0..1")
 
     def __call__(self, logits, seen):
         probability = jax.nn.softmax(logits, axis=-1)

@@ -48,18 +48,14 @@ class SamplingConfig:
     allowed_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"SamplingConfig.temperature={self.temperature}: must be >= 0")
-        if self.top_k < 0:
-            raise ValueError(f"SamplingConfig.top_k={self.top_k}: must be >= 0 (0: all)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"SamplingConfig.top_p={self.top_p}: must be above 0 and <= 1")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"SamplingConfig.min_p={self.min_p}: must be 0..1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(
-                f"SamplingConfig.repetition_penalty={self.repetition_penalty}: must be above 0"
-            )
+        name = "SamplingConfig"
+        if self.temperature != 0:
+            Temperature.check(f"{name}.temperature", self.temperature, ", or 0 for greedy")
+        if self.top_k != 0:
+            TopK.check(f"{name}.top_k", self.top_k, ", or 0 for all")
+        TopP.check(f"{name}.top_p", self.top_p)
+        MinP.check(f"{name}.min_p", self.min_p)
+        RepetitionPenalty.check(f"{name}.repetition_penalty", self.repetition_penalty)
 
     def processors(self, vocab_size: int) -> tuple[LogitsProcessor, ...]:
         """The processors of the settings that change something; none after the temperature
@@ -175,7 +171,8 @@ def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, proc
     for stop in stop_ids:
         if not 0 <= stop < decoder.vocab_size:
             raise ValueError(f"stop_ids={stop_ids}: must be 0..{decoder.vocab_size - 1}")
-    allowed_tokens((*processors, *config.processors(decoder.vocab_size)))
+    every = (*processors, *config.processors(decoder.vocab_size))
+    allowed_tokens(every, decoder.vocab_size)
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     check_prompts(tokens, lengths, decoder.capacity, decoder.vocab_size)
     check_room(lengths, max_new_tokens, decoder.capacity)

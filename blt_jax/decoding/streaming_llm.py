@@ -578,8 +578,7 @@ class StreamingDecoder(OverTransformer):
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], SinkCache]:
         """As Decoder.step. Raises ValueError for a cache of another size."""
-        step.check_token_ids("tokens", tokens)
-        step.check_room(cache.lengths, 1, self.capacity)
+        step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         check_cache(self.config, self._stack, cache)
         x, cache = stream_step(
             self.config, self._stack, self.prepare().weights, self._embed(tokens), cache, active
@@ -643,8 +642,7 @@ class RecomputeDecoder(OverTransformer):
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], TextCache]:
         """As Decoder.step."""
-        step.check_token_ids("tokens", tokens)
-        step.check_room(cache.lengths, 1, self.capacity)
+        step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         active = jnp.ones(tokens.shape, bool) if active is None else active
         C = self.config.window
         slot = jnp.where(active, cache.lengths % C, C)

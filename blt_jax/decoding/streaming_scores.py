@@ -58,10 +58,11 @@ def streaming_scores(
     time, in few large products.
 
     With RECOMPUTE every window predicts its last `stride` tokens. Raises as `streaming_decoder`
-    does, and ValueError for streams of fewer than 2 tokens.
+    does, TypeError for ids that are no integers, and ValueError for streams of fewer than 2 tokens
+    and, outside jit, for ids outside the vocabulary.
     """
     tokens = jnp.asarray(tokens)
-    step.check_token_ids("tokens", tokens)
+    step.check_token_ids("tokens", tokens, model.config.vocab_size)
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens {tokens.shape}: a stream needs at least 2 tokens")
     tokens = tokens.astype(jnp.int32)

@@ -30,14 +30,20 @@ class Embed(nn.Module):
         )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # The gather needs the width unsharded, or the partitioner replicates the table.
-        table = constrain(self.table, ("vocab", None), self.sharding)
-        x_BTD = jnp.take(table, ids, axis=0).astype(self.dtype)
+        x_BTD = look_up(self.table, ids, self.sharding).astype(self.dtype)
         return constrain(x_BTD, ("batch", "length", "embed_act"), self.sharding)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits with the same table (tied head)."""
         return head_logits(x, self.table.T, self.sharding)
+
+
+def look_up(
+    table: Float[Array, "V D"], ids: Int[Array, "*B"], sharding: ShardingRules
+) -> Float[Array, "*B D"]:
+    """The rows of the table that ids name."""
+    # The gather needs the width unsharded, or the partitioner replicates the table.
+    return jnp.take(constrain(table, ("vocab", None), sharding), ids, axis=0)
 
 
 def head_logits(
@@ -69,7 +75,23 @@ class Head(nn.Module):
         return head_logits(x, kernel, self.sharding)
 
 
-def check_token_ids(name: str, ids: jax.Array | np.ndarray) -> None:
-    """Raises TypeError unless ids have an integer type (a float array would be truncated)."""
+def check_token_ids(
+    name: str,
+    ids: jax.Array | np.ndarray,
+    vocab_size: int | None = None,
+    real: jax.Array | np.ndarray | None = None,
+) -> None:
+    """Raises TypeError unless ids have an integer type (a float array would be truncated).
+
+    vocab_size: also raises ValueError for ids outside 0..vocab_size-1 where they are known, that
+    is outside jit. real: bool of the shape of ids, the ones that are looked at; None all.
+    """
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{name} has dtype {ids.dtype}: token ids must be integers")
+    if vocab_size is None or any(isinstance(x, jax.core.Tracer) for x in (ids, real)):
+        return
+    found = np.asarray(ids) if real is None else np.asarray(ids)[np.asarray(real)]
+    if found.size and (found.min() < 0 or found.max() >= vocab_size):
+        raise ValueError(
+            f"{name} hold ids {found.min()}..{found.max()}: must be 0..{vocab_size - 1}"
+        )

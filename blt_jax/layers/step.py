@@ -257,14 +257,23 @@ def check_prompts(tokens: Any, lengths: Any, capacity: int, vocab_size: int) -> 
         raise ValueError(f"prompts of {T} tokens exceed capacity={capacity}")
     if isinstance(lengths, jax.core.Tracer) or isinstance(tokens, jax.core.Tracer):
         return
-    lengths, tokens = np.asarray(lengths), np.asarray(tokens)
+    lengths = np.asarray(lengths)
     if lengths.min() < 1 or lengths.max() > T:
         raise ValueError(
             f"lengths={lengths.tolist()}: every prompt needs 1..{T} tokens (start it with BOS)"
         )
-    real = tokens[np.arange(T)[None, :] < lengths[:, None]]
-    if real.min() < 0 or real.max() >= vocab_size:
-        raise ValueError(f"tokens hold ids {real.min()}..{real.max()}: must be 0..{vocab_size - 1}")
+    check_token_ids("tokens", tokens, vocab_size, np.arange(T)[None, :] < lengths[:, None])
+
+
+def check_step(tokens: Any, lengths: Any, active: Any, capacity: int, vocab_size: int) -> None:
+    """Raises for one more token per row after `lengths` known ones, as `check_prompts` and
+    `check_room` do; rows that are known not to be active may hold anything."""
+    check_token_ids("tokens", tokens, vocab_size, active)
+    if any(isinstance(x, jax.core.Tracer) for x in (lengths, active)):
+        return
+    growing = np.asarray(lengths) if active is None else np.asarray(lengths)[np.asarray(active)]
+    if growing.size:
+        check_room(growing, 1, capacity)
 
 
 def check_room(lengths: Any, new_tokens: int, capacity: int) -> None:

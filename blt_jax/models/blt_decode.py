@@ -308,11 +308,10 @@ class BLTDecoder:
     ) -> tuple[Float[Array, "B V"], BLTCache]:
         """float32 logits after one more token per row; rows not `active` keep their cache.
 
-        Outside jit, raises ValueError when a row has no room left; inside, the caller sees to it
-        (`layers.step.check_room`).
+        Outside jit, raises ValueError for ids that are not 0..259 and when a row has no room left;
+        inside, the caller sees to it (`layers.step.check_step`).
         """
-        step.check_token_ids("tokens", tokens)
-        step.check_room(cache.lengths, 1, self.capacity)
+        step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         active = jnp.ones(tokens.shape, bool) if active is None else active
         return _step(self.prepare(), tokens.astype(jnp.int32), cache, active)
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from blt_jax.layers import step
 from blt_jax.layers.attention import masked_attention
 from blt_jax.layers.cache import LayerCache, ring_index
+from blt_jax.layers.embed import look_up
 from blt_jax.layers.rope import rope_table
 from blt_jax.models.megalodon import (
     LayerState,
@@ -223,9 +224,8 @@ class MegalodonDecoder:
         cache: MegalodonCache,
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], MegalodonCache]:
-        """As Decoder.step. Outside jit, raises ValueError when a row has no room left."""
-        step.check_token_ids("tokens", tokens)
-        step.check_room(cache.lengths, 1, self.capacity)
+        """As Decoder.step."""
+        step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         active = jnp.ones(tokens.shape, bool) if active is None else active
         hidden, cache = self.prepare()._piece(tokens[:, None], cache, active)
         return self.model.token_logits(self.params, hidden[:, 0]), cache
@@ -234,7 +234,7 @@ class MegalodonDecoder:
         """All layers over the next tokens [B, T] of every row; T = 1 where `active` is given."""
         config, params = self.model.config, self.params
         sharding = dataclasses.replace(self.model.sharding, length=())
-        x = jnp.take(params["embed"]["table"], tokens, axis=0).astype(config.precision.dtype)
+        x = look_up(params["embed"]["table"], tokens, sharding).astype(config.precision.dtype)
         if config.scale_embeddings:
             x *= config.d_model**0.5
         position = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]

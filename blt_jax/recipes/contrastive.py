@@ -8,10 +8,11 @@ runs of one comparison share the trained models.
 import dataclasses
 import enum
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from blt_jax.data import word_problems
@@ -27,6 +28,7 @@ from blt_jax.decoding.contrastive_decoding import (
     majority_vote,
 )
 from blt_jax.decoding.decoder import Decoder, token_decoder
+from blt_jax.decoding.ngram import NgramDecoder, ngram_log_probabilities
 from blt_jax.decoding.sampling import SamplingConfig, generate
 from blt_jax.decoding.scoring import rank
 from blt_jax.models.llama3 import Llama3Config
@@ -53,7 +55,8 @@ class AmateurKind(enum.Enum):
 
     NONE: nobody. SMALL: a smaller model. EARLY: the expert at `early_steps`. EQUAL: another
     expert, trained as long. PROMPT: the expert after an example with the shortcut. SHORTENED: the
-    small one, which reads the last token of the story alone (Li et al.).
+    small one, which reads the last token of the story alone (Li et al.). SMALL_PROMPT: the small
+    one after the example. NGRAM: 3-grams of the texts that the small one is trained on (Li et al.).
     """
 
     NONE = "none"
@@ -62,6 +65,8 @@ class AmateurKind(enum.Enum):
     EQUAL = "equal"
     PROMPT = "prompt"
     SHORTENED = "shortened"
+    SMALL_PROMPT = "small_prompt"
+    NGRAM = "ngram"
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -159,22 +164,29 @@ class ContrastiveProblems(Experiment):
         """The trained pair at the settings of the run; NONE is the expert beside itself."""
         fit, early = self._expert(context)
         capacity, kind = PROMPT_LENGTH + NEW_TOKENS, self.kind
-        settings: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta}
-        longer = 0
-        if kind is AmateurKind.NONE:
-            amateur, settings = fit, {"alpha": 0.0, "beta": 0.0}
-        elif kind is AmateurKind.EARLY:
-            amateur = dataclasses.replace(fit, params=early)
-        elif kind is AmateurKind.EQUAL:
-            amateur = self._fit(context, "equal", _other_seed(self.expert))
-        elif kind is AmateurKind.PROMPT:
-            amateur, settings["amateur_prompt"] = fit, negative_prompts(problems)
-            longer = settings["amateur_prompt"][0].shape[1]
-        else:
-            amateur = self._fit(context, "small", self.small)
-            settings["amateur_context"] = int(kind is AmateurKind.SHORTENED)
         expert = _decoder(fit, capacity)
-        return ContrastiveDecoder.create(expert, _decoder(amateur, capacity + longer), **settings)
+        if kind is AmateurKind.NONE:
+            return ContrastiveDecoder.create(expert, expert, alpha=0.0, beta=0.0)
+        settings: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta}
+        if kind is AmateurKind.NGRAM:
+            return ContrastiveDecoder.create(expert, self._ngrams(), **settings)
+        if kind in (AmateurKind.PROMPT, AmateurKind.SMALL_PROMPT):
+            settings["amateur_prompt"] = negative_prompts(problems)
+            capacity += settings["amateur_prompt"][0].shape[1]
+        settings["amateur_context"] = int(kind is AmateurKind.SHORTENED)
+        if kind is AmateurKind.EARLY:
+            fit = dataclasses.replace(fit, params=early)
+        elif kind is AmateurKind.EQUAL:
+            fit = self._fit(context, "equal", _other_seed(self.expert))
+        elif kind is not AmateurKind.PROMPT:
+            fit = self._fit(context, "small", self.small)
+        return ContrastiveDecoder.create(expert, _decoder(fit, capacity), **settings)
+
+    def _ngrams(self) -> NgramDecoder:
+        """3-grams of as many texts as the small model reads."""
+        texts = training_texts(self.small, self.shortcut_share)
+        log_probabilities = ngram_log_probabilities(texts, self.expert.model.vocab_size)
+        return NgramDecoder(jnp.asarray(log_probabilities))
 
     def _expert(self, context: Context) -> tuple[Fit, Any]:
         """The expert, and its parameters after `early_steps`."""
@@ -277,6 +289,18 @@ def word_problem_batches(
         )
 
     return GeneratedBatches(config, make, rows)
+
+
+def training_texts(config: Pretraining, shortcut_share: float) -> Iterator[np.ndarray]:
+    """The ids of every document of every row of the training."""
+    data = config.data
+    batches = word_problem_batches(data, shortcut_share, range(data.batch_size))
+    for batch in itertools.islice(batches, config.total_steps):
+        rows = zip(batch["tokens"], batch["targets"], batch["segment_ids"], strict=True)
+        for tokens, targets, segment_ids in rows:
+            for segment in range(1, segment_ids.max() + 1):
+                inside = segment_ids == segment
+                yield np.append(tokens[inside], targets[inside][-1])
 
 
 # ---------------------------------------------------------------------------------- solving

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from blt_jax.decoding.beam_search import beam_search
-from blt_jax.decoding.decoder import TransformerDecoder
 from blt_jax.decoding.logits import AllowedIds, ProcessedDecoder, RepetitionPenalty
 from blt_jax.decoding.scoring import rank, score_continuations
-from blt_jax.dist.sharding import init_params
-from blt_jax.models import llama3
+from tests.decoding import decoders, streams
 from tests.decoding.tables import TableDecoder, random_table
 
 V, M, STOP = 4, 4, 2
@@ -102,35 +100,44 @@ def test_a_row_ends_when_nothing_better_can_follow():
     assert int(out.lengths[0, 0]) == 1 and bool(out.finished[0, 0])
 
 
-@pytest.fixture(scope="module")
-def transformer():
-    model = llama3.small(vocab_size=30, num_layers=1, d_model=16, num_heads=2).build()
-    return TransformerDecoder.create(model, init_params(model, jax.random.key(1)), 12)
-
-
-def test_beams_carry_their_caches(transformer):
+@pytest.mark.parametrize("name", ["llama", "sinks", "megalodon", "blt"])
+def test_beams_carry_their_caches(name):
     """The scores of beams over a real cache are those of the same texts from scratch."""
-    out = beam_search(transformer, PROMPTS, LENGTHS, 3, 6)
-    scores = score_continuations(transformer, PROMPTS, LENGTHS, out.tokens, out.lengths)
+    decoder = decoders.make(name, decoders.params_of(name))
+    out = beam_search(decoder, PROMPTS, LENGTHS, 3, 6)
+    scores = score_continuations(decoder, PROMPTS, LENGTHS, out.tokens, out.lengths)
     np.testing.assert_allclose(out.scores, scores.scores, atol=1e-4)
     assert (np.diff(out.scores, axis=1) <= 0).all()
 
 
-def test_scores_are_those_of_the_full_pass(transformer):
-    texts = jax.random.randint(jax.random.key(2), (2, 3, 5), 0, 30)
-    counts = jnp.asarray([[5, 1, 3], [2, 4, 5]], jnp.int32)
-    out = score_continuations(transformer, PROMPTS, LENGTHS, texts, counts)
-    forward = jax.jit(transformer.model.apply)
-    for row, length in enumerate(LENGTHS.tolist()):
-        for column, count in enumerate(counts[row].tolist()):
-            text = jnp.concatenate([PROMPTS[row, :length], texts[row, column]])
-            logits = forward({"params": transformer.params}, text[None]).logits[0]
-            log_p = jax.nn.log_softmax(logits)[length - 1 : length - 1 + count]
-            expected = log_p[jnp.arange(count), texts[row, column, :count]]
-            found = np.asarray(out.token_scores[row, column])
-            np.testing.assert_allclose(found[:count], expected, atol=1e-4)
-            assert not found[count:].any()
-            np.testing.assert_allclose(out.scores[row, column], expected.sum(), atol=1e-4)
+def full_logits(name, decoder, rows):
+    """[N, T, V] without a cache: the full pass, or for sinks the float64 loop."""
+    if name == "sinks":
+        sizes = decoder.config.num_sinks, decoder.config.window
+        model, params = decoder.model, decoder.params
+        return np.stack([streams.stream_logits(model, params, row, *sizes) for row in rows])
+    return jax.jit(decoder.model.apply)({"params": decoder.params}, jnp.asarray(rows)).logits
+
+
+@pytest.mark.parametrize("name", ["llama", "sinks", "megalodon"])
+def test_scores_are_those_of_the_full_pass(name):
+    decoder = decoders.make(name, decoders.params_of(name))
+    texts = np.random.default_rng(2).integers(0, 32, (2, 3, 6)).astype(np.int32)
+    counts = np.asarray([[6, 1, 3], [2, 4, 5]], np.int32)
+    out = score_continuations(decoder, PROMPTS, LENGTHS, texts, counts)
+    rows = np.zeros((6, 9), np.int32)  # nothing after a text changes what comes before
+    for number, text in enumerate(texts.reshape(6, 6)):
+        row = np.concatenate([PROMPTS[number // 3, : LENGTHS[number // 3]], text])
+        rows[number, : len(row)] = row
+    log_p = np.asarray(jax.nn.log_softmax(jnp.asarray(full_logits(name, decoder, rows))))
+    for number, count in enumerate(counts.reshape(6).tolist()):
+        row, column = divmod(number, 3)
+        first = int(LENGTHS[row]) - 1
+        expected = log_p[number, first + np.arange(count), texts[row, column, :count]]
+        found = np.asarray(out.token_scores[row, column])
+        np.testing.assert_allclose(found[:count], expected, atol=1e-4)
+        assert not found[count:].any()
+        np.testing.assert_allclose(out.scores[row, column], expected.sum(), atol=1e-4)
 
 
 def test_ranking_by_sum_and_by_size():

@@ -1,13 +1,13 @@
 """The contrastive rule, its identities, and two models decoded in step."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from blt_jax.data.tokenizers import ByteTokenizer
 from blt_jax.decoding import contrastive_decoding as cd
@@ -17,11 +17,8 @@ from blt_jax.decoding.logits import AllowedIds, ProcessedDecoder, RepetitionPena
 from blt_jax.decoding.sampling import SamplingConfig, _generate, generate
 from blt_jax.decoding.scoring import score_continuations
 from blt_jax.dist.sharding import init_params
-from blt_jax.layers.transformer import TransformerConfig
-from blt_jax.models import blt, llama3
-from blt_jax.models.blt_decode import BLTDecoder
-from blt_jax.models.blt_ngrams import NgramConfig
-from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
+from blt_jax.models import llama3
+from tests.decoding import decoders
 from tests.decoding.tables import TableDecoder, random_table
 
 EXPERT = jax.random.normal(jax.random.key(0), (7, 40)) * 3
@@ -97,6 +94,32 @@ def test_excluded_tokens_give_no_nan():
         assert not np.isnan(scores).any() and (scores[:, 3] == -np.inf).all()
         alone = cd.contrastive_logits(EXPERT, both[1], 0.0, 0.5, form)
         assert np.isfinite(alone).all() and (alone.argmax(-1) == 3).all()
+
+
+@pytest.mark.parametrize("masked", list(Masked))
+@pytest.mark.parametrize("form", list(Form))
+def test_nan_stays_visible(form, masked):
+    nan_expert, nan_amateur = EXPERT.at[2, 5].set(jnp.nan), AMATEUR.at[3, 6].set(jnp.nan)
+    nan_expert = nan_expert.at[4].set(-jnp.inf)
+    scores = cd.contrastive_logits(nan_expert, nan_amateur, form=form, masked=masked)
+    bad = np.isnan(scores)
+    assert bad[2:5].all() and not bad[:2].any() and not bad[5:].any()
+
+
+def test_nan_is_an_error_under_checkify():
+    nan = EXPERT.at[2, 5].set(jnp.nan)
+    checked = checkify.checkify(jax.jit(cd.contrastive_logits), errors=checkify.user_checks)
+    assert checked(EXPERT, AMATEUR)[0].get() is None
+    for pair in ((nan, AMATEUR), (EXPERT, nan)):
+        assert "hold NaN" in checked(*pair)[0].get()
+
+
+def test_rows_of_expert_and_amateur_must_be_the_same(monkeypatch):
+    # The hook of the tests would find it first; users have no hook.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for amateur in (AMATEUR[:1], AMATEUR[0], AMATEUR[:, :39]):
+        with pytest.raises(ValueError, match=r"expert \(7, 40\) and amateur .*: must be equal"):
+            cd.contrastive_logits(EXPERT, amateur)
 
 
 def test_bfloat16_logits_are_combined_in_float32():
@@ -272,22 +295,59 @@ def test_scores_and_beams_sum_contrastive_log_probabilities():
     np.testing.assert_allclose(beams.scores[0], scores[order], rtol=1e-4, atol=1e-5)
 
 
-def test_a_byte_latent_transformer_beside_a_byte_level_llama():
+@pytest.mark.parametrize("name", ["blt", "sinks", "megalodon"])
+def test_pairs_of_any_models(name):
     """Scores of a pair are the combination of what each model gives alone."""
-    stack = TransformerConfig(num_layers=1, d_model=16, num_heads=2, mlp_dim=32, window=8)
-    config = blt.BLTConfig(local_encoder=stack, latent=stack, local_decoder=stack)
-    model = dataclasses.replace(config, ngrams=NgramConfig(sizes=(3,), vocab_size=31)).build()
-    patcher = PatcherConfig(kind=PatcherKind.STRIDED, stride=3)
-    expert = BLTDecoder.create(model, init_params(model, jax.random.key(0)), patcher, 16)
-    amateur = model_decoder(1, 1, 8, capacity=16, vocab_size=260)
+    expert = decoders.make(name, decoders.params_of(name))
+    V = expert.vocab_size
+    amateur = model_decoder(1, 1, 8, capacity=12, vocab_size=V)
+    if name == "sinks":  # beside a decoder of streams there must be another one
+        amateur = decoders.make(name, decoders.params_of(name, seed=2))
     pair = ContrastiveDecoder.create(expert, amateur, beta=0.25)
-    texts = jax.random.randint(jax.random.key(2), (2, 2, 6), 4, 260)
+    texts = jax.random.randint(jax.random.key(2), (2, 2, 6), 4, V)
     rows = PROMPTS[:2] + 4, LENGTHS[:2], texts, jnp.asarray([[6, 2], [4, 5]])
-    of_expert = cd.contrastive_scores(pair.replace(beta=0.0), *rows).token_scores
+    of_expert = score_continuations(expert, *rows).token_scores
     of_amateur = score_continuations(amateur, *rows).token_scores
     both = cd.contrastive_scores(pair, *rows).token_scores
     np.testing.assert_allclose(both, 1.25 * of_expert - 0.25 * of_amateur, atol=1e-4)
     assert float(jnp.abs(both - of_expert).max()) > 0.01
+
+
+def beams_by_hand(pair, prompt, num_beams, new_tokens, expert_pool):
+    """Li et al.'s difference, summed; with expert_pool a step compares the 2 num_beams pairs that
+    the expert finds most probable, and nothing else."""
+    tables = pair.expert.table, pair.amateur.table
+    scores = np.asarray(cd.contrastive_logits(*tables, pair.alpha, pair.beta, pair.form))
+    log_e = np.asarray(jax.nn.log_softmax(pair.expert.table))
+    beams = [((), 0.0)]
+    for _ in range(new_tokens):
+        pairs = []
+        for text, total in beams:
+            row = [*prompt, *text]
+            place = len(row) % 5, row[-1]
+            pairs += [
+                (log_e[*place, v], (*text, v), total + float(scores[*place, v])) for v in range(4)
+            ]
+        if expert_pool:
+            pairs = sorted(pairs, key=lambda pair: -pair[0])[: 2 * num_beams]
+        beams = sorted((pair[1:] for pair in pairs), key=lambda beam: -beam[1])[:num_beams]
+    return beams
+
+
+@pytest.mark.parametrize("pool", list(cd.BeamPool))
+def test_pools_of_beams_by_hand(pool):
+    expert_pool, differ = pool is cd.BeamPool.EXPERT, 0
+    for seed in range(3):
+        tables = (TableDecoder(random_table(seed + shift)) for shift in (0, 10))
+        pair = ContrastiveDecoder.create(*tables, alpha=0.0, beta=1.0, form=Form.DIFFERENCE)
+        out = cd.contrastive_beam_search(pair, PROMPTS[:2] % 4, LENGTHS[:2], 2, 4, pool=pool)
+        for row, length in enumerate(LENGTHS[:2].tolist()):
+            prompt = (PROMPTS[row, :length] % 4).tolist()
+            expected = beams_by_hand(pair, prompt, 2, 4, expert_pool)
+            assert [tuple(text) for text in out.tokens[row].tolist()] == [t for t, _ in expected]
+            np.testing.assert_allclose(out.scores[row], [s for _, s in expected], rtol=1e-4)
+            differ += expected != beams_by_hand(pair, prompt, 2, 4, not expert_pool)
+    assert differ  # the pools do find other beams
 
 
 def test_masked_tokens_never_enter_a_beam():
@@ -309,6 +369,7 @@ def test_masked_tokens_never_enter_a_beam():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"allowed": jnp.ones(5, bool)}, r"shape \(5,\): must be \(4,\)"),
         ({"alpha": 1.5}, "alpha=1.5"),
         ({"alpha": -0.1}, "alpha=-0.1"),
         ({"beta": -1.0}, "beta=-1.0"),

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from blt_jax.decoding.decoder import TransformerDecoder
-from blt_jax.dist.sharding import init_params
+from blt_jax.dist.sharding import init_params, param_shapes
 from blt_jax.layers import cache as caches
+from blt_jax.layers import step as layer_step
 from blt_jax.layers.transformer import PositionEncoding, Softmax
 from blt_jax.models import llama3
+from tests.decoding import decoders
 
 ALIBI = {"position_encoding": PositionEncoding.ALIBI}
 LEARNED_SINK = {"softmax": Softmax.LEARNED_SINK}
@@ -113,3 +115,24 @@ def test_a_full_row_is_an_error_outside_jit():
         decoder.prefill(jnp.ones((1, 5), jnp.int32), jnp.asarray([5]))
     with pytest.raises(ValueError, match="capacity=0"):
         build(capacity=0)
+
+
+@pytest.mark.parametrize("name", decoders.NAMES)
+def test_bad_ids_of_a_step_are_an_error_outside_jit(name):
+    decoder = decoders.make(name, param_shapes(decoders.model_of(name)))
+    V, prompts = decoder.vocab_size, jnp.ones((2, 3), jnp.int32)
+    _, cache = jax.eval_shape(type(decoder).prefill, decoder, prompts, jnp.asarray([3, 2]))
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+    for bad in (-1, V):
+        with pytest.raises(ValueError, match=f"tokens hold ids .*{bad}.*must be 0..{V - 1}"):
+            decoder.step(jnp.asarray([bad, 1]), cache)
+
+
+def test_rows_that_are_not_active_may_hold_anything():
+    tokens, lengths, active = (np.asarray(x) for x in ([-1, 3], [9, 8], [False, True]))
+    layer_step.check_step(tokens, lengths, active, 9, 5)
+    layer_step.check_step(tokens, lengths, np.asarray([False, False]), 9, 5)
+    with pytest.raises(ValueError, match=r"ids -1..3: must be 0..4"):
+        layer_step.check_step(tokens, lengths, None, 9, 5)
+    with pytest.raises(ValueError, match="exceed capacity=9"):
+        layer_step.check_step(tokens + 1, lengths, ~active, 9, 5)

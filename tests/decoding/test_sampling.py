@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from blt_jax.decoding.decoder import TransformerDecoder
-from blt_jax.decoding.logits import RepetitionPenalty, Temperature, process_logits
+from blt_jax.decoding.logits import (
+    AllowedIds,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    process_logits,
+)
 from blt_jax.decoding.sampling import (
     SamplingConfig,
     _generate,
@@ -103,8 +111,8 @@ def test_rows_draw_by_their_own_keys():
     ("fields", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_k": -1}, "top_k=-1"),
+        ({"temperature": float("nan")}, "temperature=nan: must be above 0, or 0 for greedy"),
+        ({"top_k": -1}, "top_k=-1: must be >= 1, or 0 for all"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": -0.1}, "min_p=-0.1"),
@@ -114,6 +122,42 @@ def test_rows_draw_by_their_own_keys():
 def test_bad_settings(fields, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Temperature(0.0), "Temperature.temperature=0.0: must be above 0"),
+        (lambda: Temperature(-1), "Temperature.temperature=-1"),
+        (lambda: TopK(0), "TopK.k=0: must be >= 1"),
+        (lambda: TopP(0.0), "TopP.p=0.0: must be above 0 and <= 1"),
+        (lambda: MinP(2.0), "MinP.share=2.0: must be 0..1"),
+        (lambda: MinP(jnp.asarray([[0.1], [np.nan]])), "MinP.share="),
+        (lambda: RepetitionPenalty(jnp.float32(0)), "RepetitionPenalty.penalty=0.0"),
+        (lambda: AllowedIds(np.zeros(50, bool)), "excludes every token"),
+    ],
+)
+def test_bad_processors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_allowed_ids_of_another_vocabulary():
+    with pytest.raises(TypeError, match=r"dtype int32: must be bool \[V\] \(AllowedIds.create"):
+        AllowedIds(jnp.asarray([3, 5]))
+    for processors in ((AllowedIds.create((1,), 49),), (AllowedIds.create((0,), 1),)):
+        with pytest.raises(ValueError, match=r"AllowedIds.allowed has shape .*: must be \(50,\)"):
+            process_logits(processors, jnp.asarray(LOGITS))
+
+
+def test_numbers_that_are_not_known_are_not_judged():
+    low = jax.jit(lambda t: Temperature(t)(jnp.asarray(LOGITS), None))(2.0)
+    np.testing.assert_allclose(low, LOGITS / 2, rtol=1e-6)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    assert jax.eval_shape(lambda p: TopP(p), number) == TopP(number)
+    per_row = Temperature(jnp.asarray([[1.0], [2.0], [3.0], [4.0]]))
+    expected = LOGITS / np.arange(1.0, 5.0, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(per_row(jnp.asarray(LOGITS), None), expected, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------ generation loop
@@ -219,6 +263,7 @@ def test_processors_come_before_those_of_the_config(decoder):
         ({"key": jax.random.split(jax.random.key(0), 2)}, "key has shape"),
         ({"config": SamplingConfig()}, "key=None"),
         ({"config": SamplingConfig(temperature=0.0, allowed_ids=(3, 50))}, "allowed_ids=.*0..49"),
+        ({"processors": (AllowedIds.create((3,), 51),)}, r"shape \(51,\): must be \(50,\)"),
     ],
 )
 def test_bad_requests(decoder, change, message):

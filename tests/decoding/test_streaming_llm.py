@@ -310,5 +310,8 @@ def test_bad_arguments():
         streaming_nats(model, params, config, TOKENS[:, :1])
     with pytest.raises(TypeError, match="must be integers"):
         streaming_nats(model, params, config, TOKENS.astype(np.float32))
+    for bad in (-1, 30):
+        with pytest.raises(ValueError, match=f"tokens hold ids .*{bad}.*must be 0..29"):
+            streaming_nats(model, params, config, np.where(TOKENS == 7, bad, TOKENS))
     with pytest.raises(ValueError, match="no multiple of the block of 12"):
         decoder.extend(jnp.zeros((1, 20), jnp.int32), decoder.new_cache(1), jnp.asarray([20]))

@@ -77,7 +77,20 @@ def test_repetition():
     assert contrastive_text.repetition([b""])["diversity"] == 1
 
 
-KINDS = (AmateurKind.NONE, AmateurKind.EARLY, AmateurKind.PROMPT, AmateurKind.SHORTENED)
+KINDS = (
+    *(AmateurKind.NONE, AmateurKind.EARLY, AmateurKind.PROMPT, AmateurKind.SHORTENED),
+    *(AmateurKind.SMALL_PROMPT, AmateurKind.NGRAM),
+)
+
+
+def test_training_texts_are_whole_documents():
+    small = runs.smoke().small
+    texts = list(contrastive.training_texts(small, shortcut_share=0.3))
+    assert len(texts) >= small.total_steps * small.data.batch_size
+    for ids in texts:
+        assert ids[0] == word_problems.BOS_ID and ids[-1] == word_problems.EOS_ID
+    again = contrastive.training_texts(small, shortcut_share=1.0)
+    assert any(not np.array_equal(a, b) for a, b in zip(texts, again, strict=False))
 
 
 def context(folder):
@@ -87,7 +100,7 @@ def context(folder):
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    """Four kinds of amateurs of the smoke run's models, over one seed."""
+    """Six kinds of amateurs of the smoke run's models, over one seed."""
     folder = tmp_path_factory.mktemp("amateurs")
     smoke = runs.smoke()
     kinds = tuple(
