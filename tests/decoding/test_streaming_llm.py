@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from blt_jax.decoding import streaming_llm
 from blt_jax.decoding.decoder import Decoder, TransformerDecoder
 from blt_jax.decoding.sampling import SamplingConfig, generate
+from blt_jax.decoding.streaming_decoder import StreamingDecoder, streaming_decoder
 from blt_jax.decoding.streaming_llm import (
     MAX_TOKENS,
     Policy,
     Positions,
     Rotation,
     StreamingConfig,
-    StreamingDecoder,
     query_positions,
     stream_rope,
-    streaming_decoder,
 )
 from blt_jax.decoding.streaming_scores import streaming_nats, streaming_scores
 from blt_jax.dist.sharding import init_params
@@ -102,7 +101,13 @@ def test_ring_and_stream_equal_the_loop(case):
         ({"softmax": Softmax.LEARNED_SINK, "sink_tokens": 2}, CASES["sinks"]),
         ({"sink_tokens": 1}, streaming_llm.window(6)),
     ],
-    ids=["alibi", "zero sink", "learned sink, sink tokens", "sink token that is evicted"],
+    ids=[
+        "alibi",
+        "zero sink",
+        "learned sink, sink tokens",
+        "sink token evicted",
+        "scaled rotation",
+    ],
 )
 def test_options_of_the_model(options, config):
     model, _ = build()
@@ -149,6 +154,24 @@ def test_prompts_longer_than_the_cache_then_steps(case, monkeypatch):
     np.testing.assert_allclose(logits[1], expected[0][39], atol=1e-5)
 
 
+extend = jax.jit(StreamingDecoder.extend)
+
+
+@pytest.mark.parametrize("case", ["sinks", "sinks, keys rotated once"])
+def test_a_prompt_after_a_prompt(case, monkeypatch):
+    """The second one is longer than the cache for one row, and within the sinks for the other."""
+    monkeypatch.setattr(streaming_llm, "PIECE", 14)
+    expected, decoder = loop_logits(CASES["sinks"]), streaming_decoder(*build(), CASES[case])
+    cache, start = decoder.new_cache(2), np.zeros(2, int)
+    for lengths in ([5, 1], [31, 1], [3, 31]):
+        index = np.minimum(start[:, None] + np.arange(31)[None], LENGTH - 1)
+        tokens = jnp.asarray(TOKENS[np.arange(2)[:, None], index])
+        logits, cache = extend(decoder, tokens, jnp.asarray(lengths), cache)
+        start += lengths
+        for row in (0, 1):
+            np.testing.assert_allclose(logits[row], expected[row][start[row] - 1], atol=1e-5)
+
+
 def test_generation_goes_on_beyond_the_cache():
     decoder = streaming_decoder(*build(), CASES["sinks"])
     prompt = jnp.asarray(TOKENS[:1, :5])
@@ -187,7 +210,9 @@ def test_recomputation_is_the_dense_run_on_the_last_tokens():
     decoder = streaming_decoder(model, params, streaming_llm.recompute(8))
     apply = jax.jit(model.apply)
     step = jax.jit(type(decoder).step)
-    logits, cache = decoder.prefill(jnp.asarray(TOKENS[:, :12]), jnp.asarray([12, 3]))
+    _, cache = decoder.prefill(jnp.asarray(TOKENS[:, :4]), jnp.asarray([4, 1]))
+    rest = jnp.asarray(np.stack([TOKENS[0, 4:12], TOKENS[1, 1:9]]))
+    logits, cache = decoder.extend(rest, jnp.asarray([8, 2]), cache)
     ends = [12, 3]
     for _ in range(2):
         for row, end in enumerate(ends):
@@ -300,9 +325,6 @@ def test_bad_arguments():
     with pytest.warns(UserWarning, match="16 positions, the model was trained on 8"):
         streaming_decoder(model, params, streaming_llm.sinks(4, 12, trained_length=8))
     decoder = streaming_decoder(model, params, config)
-    cache = streaming_decoder(model, params, streaming_llm.sinks(4, 11)).new_cache(1)
-    with pytest.raises(ValueError, match=r"\(4, 11\).*must be .*\(4, 12\)"):
-        decoder.step(jnp.asarray([1]), cache)
     full = decoder.new_cache(1).replace(read=jnp.asarray([MAX_TOKENS]))
     with pytest.raises(ValueError, match="exceed capacity=2147483647"):
         decoder.step(jnp.asarray([1]), full)
@@ -311,4 +333,33 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="must be integers"):
         streaming_nats(model, params, config, TOKENS.astype(np.float32))
     with pytest.raises(ValueError, match="no multiple of the block of 12"):
-        decoder.extend(jnp.zeros((1, 20), jnp.int32), decoder.new_cache(1), jnp.asarray([20]))
+        decoder.read(jnp.zeros((1, 20), jnp.int32), decoder.new_cache(1), jnp.asarray([20]))
+
+
+@pytest.mark.parametrize("read", ["step", "extend"])
+@pytest.mark.parametrize(
+    ("change", "rows", "message"),
+    [
+        (dict(window=11), 1, r"window=11.*must be one of .*window=12"),
+        (TWO_PHASE, 1, "TWO_PHASE.*must be one of .*IN_CACHE"),
+        (dict(positions=Positions.ORIGINAL), 1, "ORIGINAL"),
+        (dict(), 2, r"cache has \(rows, .* = \(2, 2, \(4, 12\), 2, 6\): must be \(1, "),
+    ],
+)
+def test_caches_of_another_config_or_batch(read, change, rows, message):
+    config = streaming_llm.sinks(4, 12)
+    other = streaming_decoder(*build(), dataclasses.replace(config, **change)).new_cache(rows)
+    decoder, token = streaming_decoder(*build(), config), jnp.asarray([1])
+    arguments = (token, other) if read == "step" else (token[:, None], token, other)
+    with pytest.raises(ValueError, match=message):
+        getattr(decoder, read)(*arguments)
+
+
+def test_caches_of_another_model_and_counts():
+    decoder, token = streaming_decoder(*build(), streaming_llm.sinks(4, 12)), jnp.asarray([1])
+    smaller = streaming_decoder(*build(num_layers=1), decoder.config).new_cache(1)
+    with pytest.raises(ValueError, match=r"= \(1, 1, .*: must be \(1, 2, "):
+        decoder.step(token, smaller)
+    for count in (5, -1):
+        with pytest.raises(ValueError, match=rf"counts=\[{count}\]: must be one of 0\.\.4"):
+            decoder.read(jnp.zeros((1, 4), jnp.int32), decoder.new_cache(1), token * count)
