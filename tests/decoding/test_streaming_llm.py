@@ -172,6 +172,23 @@ def test_a_prompt_after_a_prompt(case, monkeypatch):
             np.testing.assert_allclose(logits[row], expected[row][start[row] - 1], atol=1e-5)
 
 
+def test_a_conversation_is_one_stream():
+    """Two prompts with what they are continued with, one longer than the cache: every token is the
+    most probable one of the whole text before it, which is read at once here."""
+    decoder, greedy = streaming_decoder(*build(), CASES["sinks"]), SamplingConfig(temperature=0.0)
+    text, previous = np.zeros(0, int), None
+    for prompt in (TOKENS[:1, :5], TOKENS[:1, 5:25]):
+        lengths = jnp.asarray([prompt.shape[1]])
+        previous = generate(decoder, prompt, lengths, greedy, 6, previous=previous)
+        text = np.concatenate([text, prompt[0], previous.tokens[0]])
+    logits, _ = ring(decoder, jnp.asarray(np.pad(text, (0, LENGTH - len(text)))[None], jnp.int32))
+    chosen = np.asarray(logits[0].argmax(-1))
+    np.testing.assert_array_equal(
+        chosen[[*range(4, 10), *range(30, 36)]], text[[*range(5, 11), *range(31, 37)]]
+    )
+    assert previous.cache.lengths.tolist() == [36]
+
+
 def test_generation_goes_on_beyond_the_cache():
     decoder = streaming_decoder(*build(), CASES["sinks"])
     prompt = jnp.asarray(TOKENS[:1, :5])
