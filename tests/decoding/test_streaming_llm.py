@@ -73,6 +73,10 @@ CASES = {
 }
 
 
+SCALED = RopeConfig(theta=50.0, scaling_factor=4.0, original_max_positions=24)
+"""One frequency of three is kept, one blended, one stretched."""
+
+
 @functools.cache
 def loop_logits(config):
     """Of both rows, by the float64 loop."""
@@ -100,6 +104,7 @@ def test_ring_and_stream_equal_the_loop(case):
         ({"softmax": Softmax.OFF_BY_ONE}, streaming_llm.window(6)),
         ({"softmax": Softmax.LEARNED_SINK, "sink_tokens": 2}, CASES["sinks"]),
         ({"sink_tokens": 1}, streaming_llm.window(6)),
+        ({"rope": SCALED}, CASES["sinks"]),
     ],
     ids=[
         "alibi",
@@ -220,6 +225,27 @@ def test_one_layer_equals_the_dense_run_on_the_kept_suffix_at_constant_memory():
     assert len(set(sizes)) == 1
     # Keys and values of 50 tokens, one head of width 8, in float32; the length.
     assert sizes[0] == 2 * 50 * 8 * 4 + 4
+
+
+@pytest.mark.parametrize("num_sinks", [2, 6])
+def test_what_left_the_window_cannot_be_recovered(num_sinks):
+    """One layer, a prompt of 6 tokens and 8 more: the last logits depend on sinks and window alone,
+    on the whole prompt where it is pinned."""
+    model, params = build(num_layers=1)
+    decoder = streaming_decoder(model, params, streaming_llm.sinks(num_sinks, 4))
+    tokens = jnp.arange(14, dtype=jnp.int32)[None]  # every id once
+
+    @jax.jit
+    @jax.grad
+    def gradient(table):
+        changed = decoder.replace(params=params | {"embed": {"table": table}})
+        _, cache = changed.prefill(tokens[:, :6], jnp.asarray([6]))
+        logits, _ = changed.extend(tokens[:, 6:], jnp.asarray([8]), cache)
+        return jnp.sum(logits * jnp.linspace(-1, 1, 30)[None])
+
+    changes = np.abs(gradient(params["embed"]["table"])[:14]).max(axis=1)
+    kept = [*range(num_sinks), *range(10, 14)]
+    assert (np.delete(changes, kept) == 0).all() and (changes[kept] > 1e-3).all()
 
 
 def test_recomputation_is_the_dense_run_on_the_last_tokens():
