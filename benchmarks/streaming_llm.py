@@ -57,7 +57,7 @@ def step_run(model, params, config, capacity: int, cache_size: int, steps: int):
     import jax
     import jax.numpy as jnp
 
-    from blt_jax.decoding.streaming_llm import streaming_decoder
+    from blt_jax.decoding.streaming_decoder import streaming_decoder
 
     decoder = streaming_decoder(model, params, config, capacity).prepare()
     tokens = np.random.default_rng(0).integers(0, 256, (1, cache_size)).astype(np.int32)

@@ -1,10 +1,13 @@
 """Generates text: python -m blt_jax.generate --workdir=runs/blt --prompt="def "
 
 The model is that of a run (--workdir) or of a converted or Hugging Face folder (--model). Without
---prompt, prompts are read from the terminal until an empty line or Ctrl-D.
+--prompt, prompts are read from the terminal until an empty line or Ctrl-D. With --window they are
+one conversation without end, at constant memory: each one comes after all that was said before, of
+which the model keeps the --sinks first and the --window last tokens.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -25,14 +28,19 @@ class LoadedModel:
     entropy_model: Any = None
     entropy_params: Any = None
 
-    def decoder(self, capacity: int):
-        """The model's Decoder for rows of at most `capacity` tokens."""
+    def decoder(self, capacity: int, streaming: Any = None):
+        """The model's Decoder for rows of at most `capacity` tokens, or with a StreamingConfig for
+        rows without end; ValueError or TypeError for a model that cannot do that."""
         from blt_jax.decoding.decoder import token_decoder
+        from blt_jax.decoding.streaming_blt import StreamingBLTDecoder
+        from blt_jax.decoding.streaming_decoder import streaming_decoder
         from blt_jax.models.blt_decode import BLTDecoder
 
         if self.patcher is None:
+            if streaming is not None:
+                return streaming_decoder(self.model, self.params, streaming)
             return token_decoder(self.model, self.params, capacity)
-        return BLTDecoder.create(
+        decoder = BLTDecoder.create(
             self.model,
             self.params,
             self.patcher,
@@ -40,6 +48,9 @@ class LoadedModel:
             self.entropy_model,
             self.entropy_params,
         )
+        if streaming is not None:
+            return StreamingBLTDecoder.create(decoder, streaming)
+        return decoder
 
 
 def load(path: pathlib.Path, averaged: bool = False) -> LoadedModel:
@@ -113,6 +124,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
     number("repetition_penalty", 1.0, "of ids already in the text, 1 none", flag_values=values)
     new_help = "bytes at most per sample (tokens, for a model that has a tokenizer)"
     flags.DEFINE_integer("max_new_bytes", 256, new_help, 1, flag_values=values)
+    window_help = "last tokens that a conversation keeps (patches, of a BLT); 0: no conversation"
+    flags.DEFINE_integer("window", 0, window_help, 0, flag_values=values)
+    sinks_help = "first tokens (patches) that a conversation keeps beside the last ones"
+    flags.DEFINE_integer("sinks", 4, sinks_help, 0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the random draws", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "continuations per prompt", 1, flag_values=values)
     flags.DEFINE_bool("averaged", False, "averaged parameters of a run", flag_values=values)
@@ -122,6 +137,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise flags.Error(f"unexpected argument {rest[0]!r}")
     if not values.help and (values.workdir is None) == (values.model is None):
         raise flags.Error("give --workdir=<run> or --model=<folder>, one of them")
+    if values["sinks"].present and not values.window:
+        raise flags.Error(f"--sinks={values.sinks}: needs --window")
     return values
 
 
@@ -134,9 +151,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from blt_jax.decoding.generator import Generator, format_statistics
         from blt_jax.decoding.sampling import SamplingConfig
+        from blt_jax.decoding.streaming_llm import sinks, window
 
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         sampling = SamplingConfig(**{name: values[name].value for name in names})
+        streaming = None
+        if values.window:
+            recent = values.window
+            streaming = sinks(values.sinks, recent) if values.sinks else window(recent)
     except (ValueError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -144,9 +166,9 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         loaded = load(pathlib.Path(values.workdir or values.model), values.averaged)
-        generator = Generator(
-            loaded.decoder, loaded.tokenizer, sampling, values.max_new_bytes, values.num_samples
-        )
+        make_decoder = functools.partial(loaded.decoder, streaming=streaming)
+        settings = (sampling, values.max_new_bytes, values.num_samples, streaming is not None)
+        generator = Generator(make_decoder, loaded.tokenizer, *settings)
         prompts = [values.prompt] if values.prompt is not None else _read_prompts()
         for number, prompt in enumerate(prompts):
             texts, stats = generator(
@@ -155,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             for text in texts:
                 print(f"{prompt}{text.decode(errors='replace')}\n", flush=True)
             print(f"({format_statistics(stats)})", file=sys.stderr, flush=True)
-    except (ValueError, OSError, LookupError, ImportError) as error:
+    except (ValueError, TypeError, OSError, LookupError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from blt_jax import generate
+from blt_jax.decoding import streaming_llm
 from blt_jax.decoding.generator import format_statistics, statistics
 from blt_jax.dist.sharding import init_params
 from blt_jax.interop import model_files
 from blt_jax.layers.transformer import TransformerConfig
-from blt_jax.models import blt, llama3
+from blt_jax.models import blt, llama3, megalodon
 from blt_jax.models.blt_decode import BLTDecoder
 from blt_jax.models.blt_ngrams import build_ngram_tables
 from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
@@ -99,6 +100,41 @@ def test_prompts_are_read_until_an_empty_line(llama_folder, capsys, monkeypatch)
     assert err.count("compiled") == 1, "both prompts have one padded length"
 
 
+@pytest.mark.parametrize("sinks", [2, 0])
+def test_prompts_are_one_conversation_at_constant_memory(sinks, llama_folder, capsys, monkeypatch):
+    """Of the ring that has read the whole text every byte is the most probable one."""
+    lines = ["import", "x" * 70, "class A"]
+    answers = iter([*lines, ""])
+    monkeypatch.setattr(builtins, "input", lambda _: next(answers))
+    flags = (f"--workdir={llama_folder}", "--max_new_bytes=5", "--temperature=0")
+    assert run(*flags, "--window=8", f"--sinks={sinks}") == 0
+    out, err = capsys.readouterr()
+    assert err.count("compiled") == 3, "the first prompt, and two lengths of later ones"
+
+    loaded = generate.load(llama_folder)
+    config = streaming_llm.sinks(2, 8) if sinks else streaming_llm.window(8)
+    decoder = loaded.decoder(0, config).prepare()
+    cache, text, logits = decoder.new_cache(1), "", None
+    step = jax.jit(type(decoder).step)
+    for line in lines:
+        for token in loaded.tokenizer.encode(line, bos=not text):
+            logits, cache = step(decoder, jnp.asarray([token]), cache)
+        text, answer = text + line, []
+        for _ in range(5):
+            answer.append(int(logits[0].argmax()))
+            logits, cache = step(decoder, jnp.asarray(answer[-1:]), cache)
+        expected = loaded.tokenizer.decode(answer).decode(errors="replace")
+        assert f"{line}{expected}\n" in out
+    assert cache.layers[0].slots == sinks + 8
+
+
+def test_a_megalodon_needs_no_window(tmp_path, capsys):
+    config = megalodon.small(vocab_size=260, num_layers=1, d_model=16, chunk_size=8)
+    model_files.save_model(tmp_path / "model", *made(config))
+    assert run(f"--model={tmp_path / 'model'}", "--prompt=a", "--window=8") == 1
+    assert "constant size already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,6 +144,8 @@ def test_prompts_are_read_until_an_empty_line(llama_folder, capsys, monkeypatch)
         (("--model=a", "--top_p=2"), "top_p=2.0"),
         (("--model=a", "--max_new_bytes=0"), "max_new_bytes"),
         (("--model=a", "extra"), "extra"),
+        (("--model=a", "--sinks=2"), "--sinks=2: needs --window"),
+        (("--model=a", "--window=-1"), "window"),
     ],
 )
 def test_wrong_command_lines(arguments, message, capsys):

@@ -270,6 +270,16 @@ class ContrastiveDecoder:
         logits = self._combine(expert, amateur, beams=self.expert_pool)
         return logits, ContrastiveCache(expert_cache, amateur_cache)
 
+    def extend(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: ContrastiveCache
+    ) -> tuple[Float[Array, "B V"], ContrastiveCache]:
+        """As Decoder.extend, of both models; the amateur reads all these tokens."""
+        with jax.named_scope("expert"):
+            expert, expert_cache = self.expert.extend(tokens, lengths, cache.expert)
+        with jax.named_scope("amateur"):
+            amateur, amateur_cache = self.amateur.extend(tokens, lengths, cache.amateur)
+        return self._combine(expert, amateur), ContrastiveCache(expert_cache, amateur_cache)
+
     def _amateur_prompts(self, tokens, lengths):
         if self.amateur_prompt is not None:
             prompt, prompt_lengths = self.amateur_prompt

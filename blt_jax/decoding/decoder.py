@@ -1,4 +1,4 @@
-"""What can be decoded: prefill over prompts, then one token per row and step."""
+"""What can be decoded: prefill over prompts, then one token per row and step, or many."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,10 @@ from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models.llama3 import Llama3
 from blt_jax.models.megalodon import Megalodon
 from blt_jax.models.megalodon_decode import MegalodonDecoder
+
+PIECE = 256
+"""Most tokens that `TransformerDecoder.extend` takes at once; its scores are those of PIECE queries
+and all slots and PIECE keys."""
 
 
 @runtime_checkable
@@ -47,6 +51,9 @@ class Decoder(Protocol):
         an id outside the vocabulary or without room. Inside jit nobody looks: an id beyond the
         vocabulary gives NaN, and a negative one is counted from its end.
         """
+
+    def extend(self, tokens: jax.Array, lengths: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """As `prefill`, of prompts that come after what the rows of a cache have read."""
 
 
 @flax.struct.dataclass
@@ -82,6 +89,10 @@ class OverTransformer:
             return self
         layers = self.params["transformer"]["layers"]
         return self.replace(weights=step.block_weights(layers, self.model.config.precision.dtype))
+
+    def _no_tokens(self, rows):
+        """Hidden states of `step.extend_in_pieces` before any token."""
+        return jnp.zeros((rows, self._stack.d_model), self.model.config.precision.dtype)
 
     def _embed(self, tokens):
         dtype = self.model.config.precision.dtype
@@ -143,18 +154,43 @@ class TransformerDecoder(OverTransformer):
         last_B1D = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
         return self.model.token_logits(self.params, last_B1D[:, 0]), TransformerCache(cache)
 
+    def extend(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: TransformerCache
+    ) -> tuple[Float[Array, "B V"], TransformerCache]:
+        """As Decoder.extend, PIECE tokens at once. Raises ValueError for a cache of a decoder of
+        another capacity."""
+        self._check_cache(cache)
+        step.check_extension(tokens, lengths, cache.lengths, self.capacity, self.vocab_size)
+        layers = self.prepare().weights
+
+        def read(tokens, cache, counts):
+            x = self._embed(tokens)
+            return step.transformer_extend(self._stack, layers, x, cache, counts)
+
+        state = self._no_tokens(tokens.shape[0]), cache.key_values
+        size = min(tokens.shape[1], PIECE)
+        x, key_values = step.extend_in_pieces(read, tokens, lengths, state, size)
+        logits = self.model.token_logits(self.params, self._final_norm(x))
+        return logits, TransformerCache(key_values)
+
     def step(
         self,
         tokens: Int[Array, " B"],
         cache: TransformerCache,
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], TransformerCache]:
-        """As Decoder.step."""
+        """As Decoder.step. Raises ValueError for a cache of another capacity."""
+        self._check_cache(cache)
         step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         layers, x = self.prepare().weights, self._embed(tokens)
         x, key_values = step.transformer_step(self._stack, layers, x, cache.key_values, active)
         logits = self.model.token_logits(self.params, self._final_norm(x))
         return logits, TransformerCache(key_values)
+
+    def _check_cache(self, cache):
+        wanted = self.model.config.sink_tokens + step.window_slots(self._stack, self.capacity)
+        if cache.key_values.slots != wanted:
+            raise ValueError(f"cache has {cache.key_values.slots} slots: must have {wanted}")
 
 
 def token_decoder(model: Model, params: dict[str, Any], capacity: int) -> Decoder:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from blt_jax.decoding.decoder import Decoder
-from blt_jax.decoding.sampling import SamplingConfig, compile_generation
+from blt_jax.decoding.sampling import Generation, SamplingConfig, compile_generation
 
 SHORTEST = 32
 
@@ -18,6 +18,8 @@ class Generator:
     """Continues prompts; prompts are padded to powers of two, one program for each.
 
     make_decoder: the decoder of a given capacity. tokenizer: encode, decode, stop_ids.
+    conversation: every prompt comes after the last one and what it was continued with; the decoder
+    must be one whose rows never run full.
     """
 
     def __init__(
@@ -27,28 +29,36 @@ class Generator:
         sampling: SamplingConfig,
         max_new_tokens: int,
         num_samples: int = 1,
+        conversation: bool = False,
     ):
         self._make_decoder, self._tokenizer, self._sampling = make_decoder, tokenizer, sampling
         self._max_new_tokens, self._num_samples = max_new_tokens, num_samples
-        self._programs: dict[int, Callable[..., Any]] = {}
+        self._conversation, self._previous = conversation, None
+        self._programs: dict[tuple[int, bool], Callable[..., Any]] = {}
 
     def __call__(self, prompt: str, key: jax.Array) -> tuple[list[bytes], dict[str, int | float]]:
-        """The continuations of a prompt (BOS is added), and what `statistics` counts."""
-        ids = np.asarray(self._tokenizer.encode(prompt, bos=True), np.int32)
+        """The continuations of a prompt, and what `statistics` counts. BOS is added, but not inside
+        a conversation."""
+        previous: Generation | None = self._previous
+        ids = np.asarray(self._tokenizer.encode(prompt, bos=previous is None), np.int32)
         padded = max(SHORTEST, 1 << (len(ids) - 1).bit_length())
         tokens = np.zeros((self._num_samples, padded), np.int32)
         tokens[:, : len(ids)] = ids
         lengths = np.full(self._num_samples, len(ids), np.int32)
-        if padded not in self._programs:
-            self._programs[padded] = self._compile(tokens, lengths, key)
+        program = padded, previous is None
+        if program not in self._programs:
+            self._programs[program] = self._compile(tokens, lengths, key, previous)
         started = time.perf_counter()
-        result = jax.block_until_ready(self._programs[padded](tokens, lengths, key))
+        result = self._programs[program](tokens, lengths, key, previous)
+        result = jax.block_until_ready(result)
         seconds = time.perf_counter() - started
+        if self._conversation:
+            self._previous = result
         rows = zip(np.asarray(result.tokens), np.asarray(result.lengths), strict=True)
         texts = [self._tokenizer.decode(row[:length]) for row, length in rows]
         return texts, statistics(sum(map(len, texts)), seconds, result.stats)
 
-    def _compile(self, tokens, lengths, key):
+    def _compile(self, tokens, lengths, key, previous):
         started = time.perf_counter()
         program = compile_generation(
             self._make_decoder(tokens.shape[1] + self._max_new_tokens),
@@ -58,6 +68,7 @@ class Generator:
             self._max_new_tokens,
             tuple(self._tokenizer.stop_ids),
             key,
+            previous=previous,
         )
         print(f"(compiled in {time.perf_counter() - started:.1f} s)", file=sys.stderr)
         return program

@@ -315,3 +315,11 @@ class ProcessedDecoder:
         ids = tokens if active is None else jnp.where(active, tokens, self.vocab_size)
         seen = cache.seen.at[jnp.arange(tokens.shape[0]), ids].set(True, mode="drop")
         return process_logits(self.processors, logits, seen), ProcessedCache(inner, seen)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: ProcessedCache
+    ) -> tuple[Float[Array, "B V"], ProcessedCache]:
+        """As Decoder.extend."""
+        logits, inner = self.decoder.extend(tokens, lengths, cache.cache)
+        seen = cache.seen | tokens_seen(tokens, lengths, self.vocab_size)
+        return process_logits(self.processors, logits, seen), ProcessedCache(inner, seen)

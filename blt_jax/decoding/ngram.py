@@ -82,12 +82,20 @@ class NgramDecoder:
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], NgramCache]:
         """As Decoder.prefill."""
-        step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
+        rows, N = tokens.shape[0], self.log_probabilities.ndim
+        context, none = jnp.zeros((rows, N - 1), jnp.int32), jnp.zeros((rows,), jnp.int32)
+        return self.extend(tokens, lengths, NgramCache(context=context, lengths=none))
+
+    def extend(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: NgramCache
+    ) -> tuple[Float[Array, "B V"], NgramCache]:
+        """As Decoder.extend."""
+        step.check_extension(tokens, lengths, cache.lengths, self.capacity, self.vocab_size)
         lengths = lengths.astype(jnp.int32)
-        N = self.log_probabilities.ndim
-        place = lengths[:, None] - jnp.arange(N - 1, 0, -1, dtype=jnp.int32)[None, :]
-        ids = jnp.take_along_axis(tokens.astype(jnp.int32), jnp.maximum(place, 0), axis=1)
-        cache = NgramCache(context=jnp.where(place >= 0, ids, 0), lengths=lengths)
+        ids = jnp.concatenate([cache.context, tokens.astype(jnp.int32)], axis=1)
+        last = lengths[:, None] + jnp.arange(cache.context.shape[1], dtype=jnp.int32)[None, :]
+        context = jnp.take_along_axis(ids, last, axis=1)
+        cache = NgramCache(context=context, lengths=cache.lengths + lengths)
         return self._logits(cache), cache
 
     def step(

@@ -25,6 +25,7 @@ from blt_jax.decoding.logits import (
     process_logits,
     tokens_seen,
 )
+from blt_jax.layers.embed import check_token_ids
 from blt_jax.layers.step import check_prompts, check_room
 
 
@@ -108,13 +109,15 @@ def row_keys(key: jax.Array, num_rows: int) -> jax.Array:
 class Generation:
     """tokens: int32 [B, M], stop ids included, 0 after the end of a row; lengths: int32 [B],
     tokens of each row; finished: bool [B], whether it ended with a stop id; stats: dict of
-    int32 [B], what the counters of the cache gained after the prompt; cache: the last one."""
+    int32 [B], what the counters of the cache gained after the prompt; cache: the last one, without
+    the last token; seen: bool [B, V], ids that the rows hold, None where no processor asks."""
 
     tokens: Any
     lengths: Any
     finished: Any
     stats: Any
     cache: Any
+    seen: Any = None
 
 
 def generate(
@@ -126,6 +129,7 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     key: jax.Array | None = None,
     processors: tuple[LogitsProcessor, ...] = (),
+    previous: Generation | None = None,
 ) -> Generation:
     """Continues right-padded prompts until a stop id or max_new_tokens, in one compiled program.
 
@@ -133,11 +137,12 @@ def generate(
     key. key: one key (folded with the row number) or one per row [B]; each token folds in its
     step. The last token is not read by the model. processors: applied before those of the config;
     their numbers may change without a new compile. Allowed ids also go to a decoder that excludes
-    tokens itself. Raises ValueError when no id is allowed or prompts and new tokens exceed the
-    capacity, and as Decoder.prefill does.
+    tokens itself. previous: what the prompts, which may then be empty, come after; give another key
+    than it had. Raises ValueError when no id is allowed or prompts and new tokens exceed the
+    capacity, and as Decoder.prefill and extend do.
     """
-    arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors)
-    return _generate(decoder, *arguments, processors)
+    settings = (config, max_new_tokens, stop_ids, key, processors, previous)
+    return _generate(decoder, *_check(decoder, tokens, lengths, *settings))
 
 
 def compile_generation(
@@ -149,21 +154,22 @@ def compile_generation(
     stop_ids: tuple[int, ...] = (),
     key: jax.Array | None = None,
     processors: tuple[LogitsProcessor, ...] = (),
+    previous: Generation | None = None,
 ) -> Callable[..., Generation]:
-    """`generate` compiled for these shapes and settings: a function of (tokens, lengths, key)."""
-    arguments = _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors)
-    compiled = _generate.lower(decoder, *arguments, processors).compile()
+    """`generate` compiled for these shapes and settings: a function of (tokens, lengths, key), and
+    of the Generation that it continues if one is given here."""
+    settings = (config, max_new_tokens, stop_ids)
+    arguments = _check(decoder, tokens, lengths, *settings, key, processors, previous)
+    compiled = _generate.lower(decoder, *arguments).compile()
 
-    def run(tokens, lengths, key=None) -> Generation:
-        checked = _check(
-            decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors
-        )
-        return compiled(decoder, *checked[:3], processors)
+    def run(tokens, lengths, key=None, previous=None) -> Generation:
+        checked = _check(decoder, tokens, lengths, *settings, key, processors, previous)
+        return compiled(decoder, *checked[:3], *checked[6:])
 
     return run
 
 
-def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors):
+def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, processors, previous):
     """The arguments of `_generate` after the decoder."""
     config = SamplingConfig() if config is None else config
     if max_new_tokens < 1:
@@ -173,9 +179,17 @@ def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, proc
             raise ValueError(f"stop_ids={stop_ids}: must be 0..{decoder.vocab_size - 1}")
     every = (*processors, *config.processors(decoder.vocab_size))
     allowed_tokens(every, decoder.vocab_size)
-    tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
-    check_prompts(tokens, lengths, decoder.capacity, decoder.vocab_size)
-    check_room(lengths, max_new_tokens, decoder.capacity)
+    tokens, lengths, before = jnp.asarray(tokens), jnp.asarray(lengths), None
+    if previous is None:
+        check_prompts(tokens, lengths, decoder.capacity, decoder.vocab_size)
+        check_room(lengths, max_new_tokens, decoder.capacity)
+    else:
+        if previous.seen is None and any(p.needs_seen for p in every):
+            raise ValueError("previous.seen=None: it was made without a repetition penalty")
+        before = previous.cache, previous.seen
+        tokens, lengths = _after(previous, tokens, lengths)
+        check_prompts(tokens, lengths, decoder.capacity, decoder.vocab_size)
+        check_room(previous.cache.lengths, lengths + max_new_tokens, decoder.capacity)
     if key is None:
         if config.temperature > 0:
             raise ValueError("key=None: needed unless temperature=0")
@@ -183,17 +197,31 @@ def _check(decoder, tokens, lengths, config, max_new_tokens, stop_ids, key, proc
     keys = key if key.ndim else row_keys(key, tokens.shape[0])
     if keys.shape != tokens.shape[:1]:
         raise ValueError(f"key has shape {keys.shape}: must be () or {tokens.shape[:1]}")
-    return tokens, lengths, keys, config, max_new_tokens, tuple(stop_ids)
+    stop_ids = tuple(stop_ids)
+    return tokens, lengths, keys, config, max_new_tokens, stop_ids, processors, before
+
+
+def _after(previous: Generation, tokens, lengths):
+    """The prompts with the last token of the rows in front, which the model has not read."""
+    check_token_ids("tokens", tokens)
+    if tokens.shape[:1] != previous.lengths.shape:
+        raise ValueError(f"tokens {tokens.shape}: previous has {len(previous.lengths)} rows")
+    last_B1 = jnp.take_along_axis(previous.tokens, previous.lengths[:, None] - 1, axis=1)
+    return jnp.concatenate([last_B1, tokens.astype(jnp.int32)], axis=1), lengths + 1
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _generate(decoder, tokens, lengths, keys, config, max_new_tokens, stop_ids, processors):
+def _generate(decoder, tokens, lengths, keys, config, max_new_tokens, stop_ids, processors, before):
     B, V = tokens.shape[0], decoder.vocab_size
     every = (*processors, *config.processors(V))
     seen = tokens_seen(tokens, lengths, V) if any(p.needs_seen for p in every) else None
     decoder = constrained(decoder, every).prepare()
-    logits, cache = decoder.prefill(tokens, lengths)
-    before = cache.counters()
+    if before is None:
+        logits, cache = decoder.prefill(tokens, lengths)
+    else:
+        logits, cache = decoder.extend(tokens, lengths, before[0])
+        seen = None if seen is None else seen | before[1]
+    counted = cache.counters()
 
     def choose(logits, index, active, seen):
         logits, step_keys = process_logits(processors, logits, seen), keys
@@ -221,6 +249,6 @@ def _generate(decoder, tokens, lengths, keys, config, max_new_tokens, stop_ids, 
     counts = jnp.ones((B,), jnp.int32)
     state = (jnp.int32(1), token, ~stops, stops, result, counts, seen, cache)
     state = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & jnp.any(s[2]), body, state)
-    _, _, _, finished, result, counts, _, cache = state
-    stats = {name: value - before[name] for name, value in cache.counters().items()}
-    return Generation(tokens=result, lengths=counts, finished=finished, stats=stats, cache=cache)
+    _, _, _, finished, result, counts, seen, cache = state
+    stats = {name: value - counted[name] for name, value in cache.counters().items()}
+    return Generation(result, counts, finished, stats, cache, seen)

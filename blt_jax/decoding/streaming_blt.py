@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,6 +17,7 @@ from blt_jax.decoding.streaming_llm import (
     Policy,
     SinkCache,
     StreamingConfig,
+    check_cache,
     check_stack,
     stream_step,
 )
@@ -92,23 +92,27 @@ class StreamingBLTDecoder:
     ) -> tuple[Float[Array, "B V"], BLTCache]:
         """As Decoder.prefill, byte by byte after the first one."""
         step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
-        decoder, lengths = self.prepare(), lengths.astype(jnp.int32)
+        decoder = self.prepare()
         state = decoder._first_byte(tokens[:, :1])
+        return step.extend_by_steps(decoder.step, tokens, lengths, state, first=1)
 
-        def read(state, inputs):
-            index, token = inputs
-            active = index < lengths
-            logits, cache = decoder.step(token, state[1], active)
-            return (jnp.where(active[:, None], logits, state[0]), cache), None
-
-        index = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)
-        return jax.lax.scan(read, state, (index, tokens[:, 1:].T))[0]
+    def extend(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: BLTCache
+    ) -> tuple[Float[Array, "B V"], BLTCache]:
+        """As Decoder.extend, byte by byte. Raises ValueError or TypeError for a cache of another
+        decoder."""
+        self._check_cache(cache, tokens.shape[0])
+        return self.blt.extend(tokens, lengths, cache)
 
     def step(
         self, tokens: Int[Array, " B"], cache: BLTCache, active: Bool[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B V"], BLTCache]:
-        """As Decoder.step."""
+        """As Decoder.step. Raises ValueError or TypeError for a cache of another decoder."""
+        self._check_cache(cache, tokens.shape[0])
         return self.blt.step(tokens, cache, active)
+
+    def _check_cache(self, cache, rows):
+        check_cache(self.config, self.blt.config.latent, cache.latent, rows)
 
     def _first_byte(self, tokens):
         """Logits and cache after one byte per row, by the full pass of a decoder of few slots."""

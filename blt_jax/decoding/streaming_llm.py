@@ -12,10 +12,10 @@ heads, K head width, J width of the values, N blocks of queries, V vocabulary, L
 
 | paper | here |
 |---|---|
-| section 3.2, Fig. 4: sinks and rolling cache | `SinkCache`, `stream_step`, `StreamingDecoder` |
+| section 3.2, Fig. 4: sinks and rolling cache | `SinkCache`, `stream_step`, `extend` |
 | section 3.2: positions inside the cache | `Positions`, `query_positions` |
 | keys cached before rotation, rotated in every step | `Rotation.IN_CACHE` |
-| section 3.1, Fig. 3, Table 1: dense, window, re-computation | `Policy`, `streaming_decoder` |
+| section 3.1, Fig. 3, Table 1: dense, window, re-computation | `streaming_decoder` |
 | section 3.3: zero sink, sink token | `TransformerConfig.softmax`, `Llama3Config.sink_tokens` |
 | section 4.1: perplexity of a long stream | `streaming_scores.streaming_nats` |
 
@@ -24,11 +24,12 @@ slots are overwritten in a ring, and S + W counts the current token unless `incl
 False. `Rotation.TWO_PHASE` caches rotated keys instead: relative to a recent key the position in
 the cache and in the stream agree, and only the sinks need a query of their own. A prompt or a whole
 stream is read in blocks with the same cache (`extend`), the same function as one token at a time;
-the published code evaluates token by token, and frees room for a chat prompt beforehand. With a
-linear position bias (ALiBi) the distance to a sink is the one inside the cache. Sink tokens of a
-model (section 3.3) are the first tokens of every row; they count as sinks here, and are in front of
-what RECOMPUTE and DENSE read. Learned absolute positions are not supported; no model here has them.
-Megalodon needs none of this: its state has a constant size by construction.
+the published code evaluates token by token, and frees room for a chat prompt beforehand, which
+cannot be longer than the window; here a conversation is one stream (`sampling.generate` with
+`previous`). With a linear position bias (ALiBi) the distance to a sink is the one inside the cache.
+Sink tokens of a model (section 3.3) are the first tokens of every row; they count as sinks here,
+and are in front of what RECOMPUTE and DENSE read. Learned absolute positions are not supported; no
+model here has them. Megalodon needs none of this: its state has a constant size by construction.
 
 Measured here: on bigram-backcopy, after 1,500 steps with a BOS, 48 keys cost 2.093 nats per token
 in a window and 1.991 with sinks, at positions 64-512 of streams (mean of three seeds, which differ
@@ -47,14 +48,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from blt_jax.decoding.decoder import Decoder, OverTransformer, TransformerDecoder
 from blt_jax.layers import step
 from blt_jax.layers.cache import LayerCache, ring_index
 from blt_jax.layers.masks import NEGATIVE
-from blt_jax.layers.model import Model
 from blt_jax.layers.rope import RopeConfig, rope_frequencies, rotate
 from blt_jax.layers.transformer import TransformerConfig
-from blt_jax.models.llama3 import Llama3
 
 MAX_TOKENS = 2**31 - 1
 """Tokens of a row: positions are int32."""
@@ -226,10 +224,12 @@ class SinkCache:
     layers: tuple of LayerCache with the chunks [B, G, S, K] (none without sinks) and [B, G, W, K];
     token p < S lies in slot p, a later one in slot S + (p - S) % W. Keys are unrotated with
     Rotation.IN_CACHE. read: int32 [B], tokens read, with the `sink_tokens` of the model in front.
+    config: of the decoder that filled it.
     """
 
     layers: Any
     read: Any
+    config: StreamingConfig = flax.struct.field(pytree_node=False)
     sink_tokens: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
@@ -240,7 +240,8 @@ class SinkCache:
         shapes = [(rows, stack.kv_heads, size, stack.head_width) for size in config.chunks]
         zeros = tuple(jnp.zeros(shape, dtype) for shape in shapes)
         layer = LayerCache(key=zeros, value=zeros)
-        return cls(layers=(layer,) * stack.num_layers, read=jnp.zeros((rows,), jnp.int32))
+        layers, read = (layer,) * stack.num_layers, jnp.zeros((rows,), jnp.int32)
+        return cls(layers=layers, read=read, config=config)
 
     @property
     def lengths(self) -> jax.Array:
@@ -418,12 +419,17 @@ def extend(
 
     What is cached of a token depends on its own hidden state alone, so a layer can read all tokens
     before the next one does. Queries go in blocks, each with the W keys before its own ones and the
-    sinks. T must be a multiple of `block_size`.
+    sinks. Raises ValueError if T is no multiple of `block_size` and, outside jit, for counts that
+    are not 0..T.
     """
     (B, T, _), S, W = x.shape, config.num_sinks, config.recent
     Q, first = block_size(config, T), cache.read
     if T % Q:
         raise ValueError(f"extend: {T} tokens are no multiple of the block of {Q}")
+    if not isinstance(counts, jax.core.Tracer):
+        known = np.asarray(counts)
+        if known.shape != (B,) or known.min() < 0 or known.max() > T:
+            raise ValueError(f"counts={known.tolist()}: must be one of 0..{T} for each of {B} rows")
     N, G, K = T // Q, stack.kv_heads, stack.head_width
     raw = stack.rotates and config.rotation is Rotation.IN_CACHE
     position_BT = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
@@ -509,189 +515,7 @@ def piece_size(config: StreamingConfig, length: int) -> int:
     return block * max(1, min(PIECE // block, -(-length // block)))
 
 
-def in_pieces(x: Int[Array, "B T"], size: int) -> Int[Array, "N B P"]:
-    """Pieces of `size` tokens, the last one padded with 0."""
-    B, T = x.shape
-    x = jnp.pad(x, [(0, 0), (0, -T % size)])
-    return jnp.swapaxes(x.reshape(B, -1, size), 0, 1)
-
-
-# ---------------------------------------------------------------------------------- decoders
-
-
-@flax.struct.dataclass
-class StreamingDecoder(OverTransformer):
-    """Decoder of a plain transformer with sinks and a window: rows never run full.
-
-    Make it with `streaming_decoder`, which checks the parts.
-    """
-
-    model: Llama3 = flax.struct.field(pytree_node=False)
-    params: Any
-    config: StreamingConfig = flax.struct.field(pytree_node=False)
-    weights: Any = None
-    """Tuple of step.BlockWeights, see `prepare`."""
-
-    capacity = MAX_TOKENS
-    """Bounded by the type of the positions alone."""
-
-    def new_cache(self, rows: int) -> SinkCache:
-        """The cache of rows that have read nothing but the sink tokens of the model, if any."""
-        dtype, count = self.model.config.precision.dtype, self.model.config.sink_tokens
-        cache = SinkCache.create(self.config, self._stack, rows, dtype)
-        if not count:
-            return cache
-        x_ND = self.params["sink_tokens"].astype(dtype)
-        x_ND = jnp.pad(x_ND, [(0, -count % block_size(self.config, count)), (0, 0)])
-        x_BND, counts = jnp.repeat(x_ND[None], rows, axis=0), jnp.full((rows,), count, jnp.int32)
-        layers = self.prepare().weights
-        _, cache = extend(self.config, self._stack, layers, x_BND, cache, counts)
-        return cache.replace(sink_tokens=count)
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], SinkCache]:
-        """As Decoder.prefill; prompts may be longer than the cache."""
-        step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
-        B, T = tokens.shape
-        size, lengths = piece_size(self.config, T), lengths.astype(jnp.int32)
-        valid = jnp.arange(T, dtype=jnp.int32)[None, :] < lengths[:, None]
-        tokens = in_pieces(jnp.where(valid, tokens.astype(jnp.int32), 0), size)
-        decoder = self.prepare()
-
-        def piece(state, tokens):
-            last_BD, cache = state
-            counts = jnp.clip(lengths - cache.lengths, 0, size)
-            x, cache = decoder.extend(tokens, cache, counts)
-            end_BD = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-            return (jnp.where((counts > 0)[:, None], end_BD, last_BD), cache), None
-
-        dtype = self.model.config.precision.dtype
-        state = (jnp.zeros((B, self._stack.d_model), dtype), self.new_cache(B))
-        (x, cache), _ = jax.lax.scan(piece, state, tokens)
-        return self.model.token_logits(self.params, x), cache
-
-    def step(
-        self,
-        tokens: Int[Array, " B"],
-        cache: SinkCache,
-        active: Bool[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B V"], SinkCache]:
-        """As Decoder.step. Raises ValueError for a cache of another size."""
-        step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
-        check_cache(self.config, self._stack, cache)
-        x, cache = stream_step(
-            self.config, self._stack, self.prepare().weights, self._embed(tokens), cache, active
-        )
-        return self.model.token_logits(self.params, self._final_norm(x)), cache
-
-    def extend(
-        self, tokens: Int[Array, "B T"], cache: SinkCache, counts: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B T D"], SinkCache]:
-        """Hidden states, as the head reads them, of `counts` more tokens per row."""
-        layers = self.prepare().weights
-        x, cache = extend(self.config, self._stack, layers, self._embed(tokens), cache, counts)
-        return self._final_norm(x), cache
-
-
-@flax.struct.dataclass
-class TextCache:
-    """The last C tokens of every row: text int32 [B, C], token p in slot p % C; lengths [B]."""
-
-    text: Any
-    lengths: Any
-
-    def take_rows(self, indices) -> "TextCache":
-        """The cache of rows `indices` [B']."""
-        return jax.tree.map(lambda x: x[indices], self)
-
-    def counters(self) -> dict[str, jax.Array]:
-        return {"tokens": self.lengths}
-
-
-@flax.struct.dataclass
-class RecomputeDecoder(OverTransformer):
-    """Decoder that reads the last C tokens anew for every token (Fig. 1 c): O(C^2) per token."""
-
-    model: Llama3 = flax.struct.field(pytree_node=False)
-    params: Any
-    config: StreamingConfig = flax.struct.field(pytree_node=False)
-
-    capacity = MAX_TOKENS
-    """Bounded by the type of the positions alone."""
-
-    def prepare(self) -> "RecomputeDecoder":
-        return self
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], TextCache]:
-        """As Decoder.prefill."""
-        step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
-        lengths = lengths.astype(jnp.int32)
-        index_BC, filled_BC = ring_index(jnp.zeros_like(lengths), lengths, self.config.window)
-        index_BC = jnp.clip(index_BC, 0, tokens.shape[1] - 1)
-        text = jnp.take_along_axis(tokens.astype(jnp.int32), index_BC, axis=1)
-        cache = TextCache(text=jnp.where(filled_BC, text, 0), lengths=lengths)
-        return self._logits(cache), cache
-
-    def step(
-        self,
-        tokens: Int[Array, " B"],
-        cache: TextCache,
-        active: Bool[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B V"], TextCache]:
-        """As Decoder.step."""
-        step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
-        active = jnp.ones(tokens.shape, bool) if active is None else active
-        C = self.config.window
-        slot = jnp.where(active, cache.lengths % C, C)
-        row = jnp.arange(tokens.shape[0])
-        text = cache.text.at[row, slot].set(tokens.astype(jnp.int32), mode="drop")
-        cache = TextCache(text=text, lengths=cache.lengths + active.astype(jnp.int32))
-        return self._logits(cache), cache
-
-    def _logits(self, cache: TextCache):
-        C = self.config.window
-        count = jnp.minimum(cache.lengths, C)
-        order_BC = (cache.lengths - count)[:, None] + jnp.arange(C, dtype=jnp.int32)[None, :]
-        text = jnp.take_along_axis(cache.text, order_BC % C, axis=1)
-        real = (jnp.arange(C)[None, :] < count[:, None]).astype(jnp.int32)
-        out = self.model.apply({"params": self.params}, text, real, compute_logits=False)
-        last_B1D = jnp.take_along_axis(out.hidden, (count - 1)[:, None, None], axis=1)
-        return self.model.token_logits(self.params, last_B1D[:, 0])
-
-
-def streaming_decoder(
-    model: Model, params: dict[str, Any], config: StreamingConfig, capacity: int = 0
-) -> Decoder:
-    """The Decoder of a policy. capacity: of DENSE alone, tokens that a row may reach.
-
-    Raises TypeError for a model without a key-value cache; ValueError for DENSE without a
-    capacity, a capacity for others, strides, and a model whose own window is shorter than the
-    cache. Warns when the cache is longer than the rows of the training.
-    """
-    if not isinstance(model, Llama3):
-        raise TypeError(
-            f"model is a {type(model).__name__}: must be a Llama3 (a Megalodon has a state of "
-            "constant size already)"
-        )
-    if (config.policy is Policy.DENSE) != (capacity > 0):
-        raise ValueError(
-            f"capacity={capacity}: must be >= 1 with policy DENSE and 0 with the others, not "
-            f"with {config.policy.name}"
-        )
-    if config.policy is Policy.DENSE:
-        return TransformerDecoder.create(model, params, capacity)
-    check_stack(config, model.config.transformer)
-    if config.policy is Policy.RECOMPUTE:
-        if config.stride > 1:
-            raise ValueError(
-                f"stride={config.stride}: a decoder predicts every token, strides are for "
-                "streaming_scores"
-            )
-        return RecomputeDecoder(model=model, params=params, config=config)
-    return StreamingDecoder(model=model, params=params, config=config)
+# ------------------------------------------------------------------------------------- checks
 
 
 def check_stack(config: StreamingConfig, stack: TransformerConfig) -> None:
@@ -710,13 +534,21 @@ def check_stack(config: StreamingConfig, stack: TransformerConfig) -> None:
         )
 
 
-def check_cache(config: StreamingConfig, stack: TransformerConfig, cache: SinkCache) -> None:
-    """Raises ValueError for a cache of another config or model."""
+def check_cache(
+    config: StreamingConfig, stack: TransformerConfig, cache: SinkCache, rows: int
+) -> None:
+    """Raises ValueError for a cache of another config, model or number of rows, TypeError for one
+    of another kind of decoder."""
+    if not isinstance(cache, SinkCache):
+        raise TypeError(f"cache is a {type(cache).__name__}: must be a SinkCache")
+    if cache.config != config:
+        raise ValueError(f"cache is one of {cache.config}: must be one of {config}")
     layer = cache.layers[0]
     sizes = tuple(chunk.shape[2] for chunk in layer.key)
-    found = (len(cache.layers), sizes, layer.key[0].shape[1], layer.key[0].shape[3])
-    wanted = (stack.num_layers, config.chunks, stack.kv_heads, stack.head_width)
+    B, G, _, K = layer.key[0].shape
+    found = (B, len(cache.layers), sizes, G, K)
+    wanted = (rows, stack.num_layers, config.chunks, stack.kv_heads, stack.head_width)
     if found != wanted:
         raise ValueError(
-            f"cache has (layers, slots, kv heads, head width) = {found}: must be {wanted}"
+            f"cache has (rows, layers, slots, kv heads, head width) = {found}: must be {wanted}"
         )

@@ -1,6 +1,6 @@
 """Scores of whole streams, in few large products (arXiv 2309.17453, section 4.1).
 
-The same function as a decoder of `streaming_llm` that reads one token at a time.
+The same function as a decoder of `streaming_decoder` that reads one token at a time.
 """
 
 import dataclasses
@@ -14,16 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from blt_jax.decoding.decoder import TransformerDecoder
-from blt_jax.decoding.streaming_llm import (
-    PIECE,
-    Policy,
+from blt_jax.decoding.streaming_decoder import (
     RecomputeDecoder,
-    StreamingConfig,
     StreamingDecoder,
-    in_pieces,
-    piece_size,
     streaming_decoder,
 )
+from blt_jax.decoding.streaming_llm import PIECE, Policy, StreamingConfig, piece_size
 from blt_jax.layers import step
 from blt_jax.layers.losses import target_nats
 from blt_jax.layers.model import Model
@@ -94,10 +90,10 @@ def _ring_scores(decoder: StreamingDecoder, tokens):
     counts = jnp.full((B,), size, jnp.int32)
 
     def piece(cache, inputs):
-        x, cache = decoder.extend(inputs[0], cache, counts)
+        x, cache = decoder.read(inputs[0], cache, counts)
         return cache, _token_scores(decoder, x, inputs[1])
 
-    inputs = tuple(in_pieces(x, size) for x in (tokens[:, :-1], tokens[:, 1:]))
+    inputs = tuple(step.in_pieces(x, size) for x in (tokens[:, :-1], tokens[:, 1:]))
     _, scores = jax.lax.scan(piece, decoder.new_cache(B), inputs)
     return _joined(scores, T - 1)
 
@@ -109,7 +105,7 @@ def _dense_scores(decoder: TransformerDecoder, tokens):
     hidden = model.apply({"params": params}, tokens[:, :-1], compute_logits=False).hidden
     hidden = jnp.pad(hidden, [(0, 0), (0, -(T - 1) % PIECE), (0, 0)])
     hidden = jnp.swapaxes(hidden.reshape(B, -1, PIECE, hidden.shape[-1]), 0, 1)
-    inputs = (hidden, in_pieces(tokens[:, 1:], PIECE))
+    inputs = (hidden, step.in_pieces(tokens[:, 1:], PIECE))
     return _joined(jax.lax.map(lambda pair: _token_scores(decoder, *pair), inputs), T - 1)
 
 

@@ -1,10 +1,12 @@
-"""One token per row through a stack of transformer blocks: the inner loop of generation.
+"""One token per row through a stack of transformer blocks: the inner loop of generation; and
+the loops that read more tokens after those of a cache.
 
 The layers are unrolled over weights that were taken apart once before the loop, because at one row
 the time goes into reading weights and caches, and every slice of a stacked array would be a copy.
 The equations are those of `layers.transformer`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from blt_jax.layers.cache import LayerCache, StepCache
+from blt_jax.layers.attention import masked_attention
+from blt_jax.layers.cache import LayerCache, StepCache, ring_index
 from blt_jax.layers.embed import check_token_ids
 from blt_jax.layers.masks import NEGATIVE
 from blt_jax.layers.norms import rms_norm
@@ -235,6 +238,111 @@ def transformer_step(
     return x, cache.replace(layers=tuple(caches), lengths=lengths)
 
 
+def transformer_extend(
+    config: TransformerConfig,
+    layers: tuple[BlockWeights, ...],
+    x: Float[Array, "B T D"],
+    cache: StepCache,
+    counts: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], StepCache]:
+    """`transformer_step` of the first `counts` of T tokens per row, all at once.
+
+    Scores are those of T queries and all slots and new keys.
+    """
+    B, T, _ = x.shape
+    H, G, pinned, first = config.num_heads, config.kv_heads, cache.pinned, cache.lengths
+    ring, start = cache.slots - pinned, jnp.zeros_like(first)
+    new_BT = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    old_BR, filled_BR = ring_index(start, first, ring)
+    pinned_BP = jnp.broadcast_to(jnp.arange(-pinned, 0, dtype=jnp.int32), (B, pinned))
+    distance = new_BT[:, :, None] - jnp.concatenate([pinned_BP, old_BR, new_BT], 1)[:, None, :]
+    inside = (distance >= 0) & (distance < ring)
+    inside &= jnp.concatenate([pinned_BP < 0, filled_BR, new_BT >= 0], axis=1)[:, None, :]
+    mask = inside | (jnp.arange(cache.slots + T) < pinned)[None, None, :]
+    slopes, bias = config.slopes(), None
+    if slopes is not None:
+        bias = -slopes[None, :, None, None] * distance.astype(jnp.float32)[:, None]
+    rope = rope_table(pinned + new_BT, config.rope, config.head_width) if config.rotates else None
+    # Which of the new tokens lies in each slot afterwards, if not the token that lay there.
+    after_BR = ring_index(start, first + counts, ring)[0]
+    is_new = (after_BR >= first[:, None])[:, :, None, None]
+    index = jnp.clip(after_BR - first[:, None], 0, T - 1)[:, :, None, None]
+
+    def attend(layer, sink, qkv):
+        qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
+        if rope is not None:
+            qk = rotate(qk, rope, config.rope.layout)
+        dtype, pairs = layer.key[0].dtype, []
+        for chunks, new in ((layer.key, qk[:, :, H:]), (layer.value, v)):
+            pairs.append((jnp.swapaxes(jnp.concatenate(chunks, axis=2), 1, 2), new.astype(dtype)))
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in pairs)
+        out = masked_attention(qk[:, :, :H], keys, values, mask, bias=bias, sink=sink)
+        kept = []
+        for old, new in pairs:
+            recent = jnp.where(is_new, jnp.take_along_axis(new, index, axis=1), old[:, pinned:])
+            kept.append(jnp.concatenate([old[:, :pinned], recent], axis=1))
+        return out, LayerCache.from_slots(*kept, dtype)
+
+    caches = []
+    for weights, layer in zip(layers, cache.layers, strict=True):
+        sink = config.sink_logits(weights.sink)
+        x, layer = block(config, weights, x, functools.partial(attend, layer, sink))
+        caches.append(layer)
+    return x, cache.replace(layers=tuple(caches), lengths=first + counts)
+
+
+def in_pieces(x: Int[Array, "B T"], size: int) -> Int[Array, "N B P"]:
+    """Pieces of `size` tokens, the last one padded with 0."""
+    B, T = x.shape
+    x = jnp.pad(x, [(0, 0), (0, -T % size)])
+    return jnp.swapaxes(x.reshape(B, -1, size), 0, 1)
+
+
+def extend_in_pieces(
+    read: Callable[..., tuple[jax.Array, Any]],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    state: tuple[Float[Array, "B D"], Any],
+    size: int,
+) -> tuple[Float[Array, "B D"], Any]:
+    """Reads the first `lengths` tokens of every row, `size` at once: the hidden state after the
+    last one, and the cache.
+
+    read(tokens [B, P], cache, counts [B]) gives hidden states [B, P, D] and the cache after
+    `counts` of these tokens. state: hidden states of rows of no tokens, and the cache before.
+    """
+    valid = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+    pieces = in_pieces(jnp.where(valid, tokens.astype(jnp.int32), 0), size)
+
+    def piece(state, inputs):
+        start, tokens = inputs
+        counts = jnp.clip(lengths.astype(jnp.int32) - start, 0, size)
+        x, cache = read(tokens, state[1], counts)
+        last_BD = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        return (jnp.where((counts > 0)[:, None], last_BD, state[0]), cache), None
+
+    starts = jnp.arange(pieces.shape[0], dtype=jnp.int32) * size
+    return jax.lax.scan(piece, state, (starts, pieces))[0]
+
+
+def extend_by_steps(
+    read: Callable[..., tuple[jax.Array, Any]],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    state: tuple[Float[Array, "B V"], Any],
+    first: int = 0,
+) -> tuple[Float[Array, "B V"], Any]:
+    """Reads the tokens `first`..lengths-1 of every row one after another: the logits after the last
+    one, and the cache. read: the step of a Decoder. state: before them, both."""
+
+    def body(index, state):
+        active = index < lengths
+        logits, cache = read(tokens[:, index], state[1], active)
+        return jnp.where(active[:, None], logits, state[0]), cache
+
+    return jax.lax.fori_loop(first, jnp.max(lengths), body, state)
+
+
 def window_slots(config: TransformerConfig, capacity: int) -> int:
     """Slots that a stack needs for rows of up to `capacity` tokens."""
     return min(config.window, capacity) if config.window else capacity
@@ -276,13 +384,23 @@ def check_step(tokens: Any, lengths: Any, active: Any, capacity: int, vocab_size
         check_room(growing, 1, capacity)
 
 
-def check_room(lengths: Any, new_tokens: int, capacity: int) -> None:
+def check_extension(tokens: Any, lengths: Any, read: Any, capacity: int, vocab_size: int) -> None:
+    """As `check_prompts`, of tokens that come after `read` [B] known ones; raises ValueError also
+    for rows that have no room for them, or that are not as many."""
+    check_prompts(tokens, lengths, capacity, vocab_size)
+    if read.shape != lengths.shape:
+        raise ValueError(f"cache has {read.shape[0]} rows: must be {tokens.shape[0]}, as tokens")
+    check_room(read, lengths, capacity)
+
+
+def check_room(lengths: Any, new_tokens: Any, capacity: int) -> None:
     """Raises ValueError where rows of `lengths` known tokens cannot take `new_tokens` more."""
-    if isinstance(lengths, jax.core.Tracer):
+    if isinstance(lengths, jax.core.Tracer) or isinstance(new_tokens, jax.core.Tracer):
         return
-    longest = int(np.max(np.asarray(lengths)))
-    if longest + new_tokens > capacity:
+    known, new = np.broadcast_arrays(np.asarray(lengths, np.int64).ravel(), new_tokens)
+    longest = np.argmax(known + new)
+    if known[longest] + new[longest] > capacity:
         raise ValueError(
-            f"{longest} tokens and {new_tokens} new ones exceed capacity={capacity}: "
+            f"{known[longest]} tokens and {new[longest]} new ones exceed capacity={capacity}: "
             "make a decoder with more"
         )

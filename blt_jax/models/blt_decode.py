@@ -315,6 +315,15 @@ class BLTDecoder:
         active = jnp.ones(tokens.shape, bool) if active is None else active
         return _step(self.prepare(), tokens.astype(jnp.int32), cache, active)
 
+    def extend(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: BLTCache
+    ) -> tuple[Float[Array, "B V"], BLTCache]:
+        """`step` of the first `lengths` tokens of every row: logits after the last, and the cache;
+        raises as `layers.step.check_extension`."""
+        step.check_extension(tokens, lengths, cache.lengths, self.capacity, VOCAB_SIZE)
+        logits = jnp.zeros((tokens.shape[0], VOCAB_SIZE), jnp.float32)
+        return step.extend_by_steps(self.prepare().step, tokens, lengths, (logits, cache))
+
 
 # -------------------------------------------------------------------------------- one step
 

@@ -14,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
@@ -174,49 +175,57 @@ class MegalodonDecoder:
         return self.model.token_logits(self.params, last_B1D[:, 0]), output.cache
 
     def extend(
-        self, tokens: Int[Array, "B T"], cache: MegalodonCache
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: MegalodonCache
     ) -> tuple[Float[Array, "B V"], MegalodonCache]:
-        """Reads T more tokens of every row, in pieces: logits after the last, and the cache.
+        """Reads the first `lengths` tokens of every row, in pieces: logits after the last of each.
 
         Memory does not grow with T beyond the tokens themselves. Rows may have read different
-        numbers of tokens, and pieces may straddle chunks. Outside jit, raises ValueError for ids
-        outside the vocabulary, rows without room, and a cache that is not this model's or has NaN.
+        numbers of tokens; a piece of which a row has a part is read token by token. Outside jit,
+        raises ValueError for ids outside the vocabulary, rows without room, and a cache that is
+        not this model's or has NaN.
         """
-        hidden, cache = self._extend(tokens, cache, lambda x: x[:, -1])
-        return self.model.token_logits(self.params, hidden[-1]), cache
+        check_cache(self.model.config, cache, tokens.shape[0])
+        step.check_extension(tokens, lengths, cache.lengths, self.capacity, self.vocab_size)
+        decoder, B = self.prepare(), tokens.shape[0]
+        size = min(tokens.shape[1], self.model.config.reach, PIECE)
+        empty = jnp.zeros((B, self.model.config.d_model), self.model.config.precision.dtype)
+
+        def by_token(tokens, cache, counts):
+            def body(index, state):
+                x, cache = decoder._piece(tokens[:, index][:, None], state[1], index < counts)
+                return state[0].at[:, index].set(x[:, 0]), cache
+
+            hidden = jnp.repeat(empty[:, None], size, axis=1)
+            return jax.lax.fori_loop(0, jnp.max(counts), body, (hidden, cache))
+
+        def read(tokens, cache, counts):
+            whole = lambda tokens, cache, counts: decoder._piece(tokens, cache)  # noqa: E731
+            return jax.lax.cond(jnp.all(counts == size), whole, by_token, tokens, cache, counts)
+
+        hidden, cache = step.extend_in_pieces(read, tokens, lengths, (empty, cache), size)
+        return self.model.token_logits(self.params, hidden), cache
 
     def extend_logits(
         self, tokens: Int[Array, "B T"], cache: MegalodonCache
     ) -> tuple[Float[Array, "B T V"], MegalodonCache]:
-        """`extend` with the logits after every token."""
-        hidden, cache = self._extend(tokens, cache, lambda x: x)
-        return self.model.token_logits(self.params, jnp.concatenate(hidden, axis=1)), cache
-
-    def _extend(self, tokens, cache, read):
-        step.check_prompts(
-            tokens, jnp.full(tokens.shape[:1], tokens.shape[1]), self.capacity, self.vocab_size
-        )
-        step.check_room(cache.lengths, tokens.shape[1], self.capacity)
+        """`extend` of rows that all have T tokens, with the logits after every one."""
         check_cache(self.model.config, cache, tokens.shape[0])
+        counts = np.full(tokens.shape[:1], tokens.shape[1])
+        step.check_extension(tokens, counts, cache.lengths, self.capacity, self.vocab_size)
         decoder, T = self.prepare(), tokens.shape[1]
         size = min(T, self.model.config.reach, PIECE)
         whole, parts = T // size * size, []
         if whole > size:
-
-            def piece(cache, tokens):
-                hidden, cache = decoder._piece(tokens, cache)
-                return cache, read(hidden)
-
-            pieces = jnp.moveaxis(tokens[:, :whole].reshape(tokens.shape[0], -1, size), 1, 0)
-            cache, hidden = jax.lax.scan(piece, cache, pieces)
+            pieces = step.in_pieces(tokens[:, :whole], size)
+            cache, hidden = jax.lax.scan(lambda c, x: decoder._piece(x, c)[::-1], cache, pieces)
             parts += list(hidden)
         else:
             hidden, cache = decoder._piece(tokens[:, :whole], cache)
-            parts.append(read(hidden))
+            parts.append(hidden)
         if whole < T:
             hidden, cache = decoder._piece(tokens[:, whole:], cache)
-            parts.append(read(hidden))
-        return parts, cache
+            parts.append(hidden)
+        return self.model.token_logits(self.params, jnp.concatenate(parts, axis=1)), cache
 
     def step(
         self,
@@ -224,8 +233,10 @@ class MegalodonDecoder:
         cache: MegalodonCache,
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], MegalodonCache]:
-        """As Decoder.step."""
+        """As Decoder.step. Raises ValueError for a cache that is not this model's, and outside jit
+        for one that has NaN."""
         step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
+        check_cache(self.model.config, cache, tokens.shape[0])
         active = jnp.ones(tokens.shape, bool) if active is None else active
         hidden, cache = self.prepare()._piece(tokens[:, None], cache, active)
         return self.model.token_logits(self.params, hidden[:, 0]), cache
@@ -288,9 +299,18 @@ def check_cache(config: MegalodonConfig, cache: MegalodonCache, rows: int) -> No
             f"cache has {len(cache.layers)} layers: the model has num_layers={config.num_layers}"
         )
     layer = cache.layers[0]
-    found = (layer.ema[0].shape, layer.norm.mean.shape, layer.attention.slots)
-    needed = ((rows, config.d_model, N), (rows, G), config.reach)
-    for name, a, b in zip(("ema", "norm", "attention slots"), found, needed, strict=True):
+    keys, values = layer.attention.key[0].shape, layer.attention.value[0].shape
+    found = (
+        layer.ema[0].shape,
+        layer.norm.mean.shape,
+        layer.attention.slots,
+        keys[1::2],
+        values[3],
+    )
+    heads = (config.num_heads, config.head_dim)
+    needed = ((rows, config.d_model, N), (rows, G), config.reach, heads, config.value_width)
+    names = ("ema", "norm", "attention slots", "heads and their width", "value width")
+    for name, a, b in zip(names, found, needed, strict=True):
         if a != b:
             raise ValueError(f"cache: {name} is {a}, but these rows and this model need {b}")
     if isinstance(cache.lengths, jax.core.Tracer):

@@ -28,17 +28,19 @@ def softmax(scores):
     return weights / weights.sum()
 
 
-def stream_logits(model, params, tokens, num_sinks, window, original=False, include_current=True):
-    """Logits [T, V] of one row: the cache is a list that tokens are appended to and taken from."""
-    stack = model.config.transformer
+def stream_blocks(
+    stack, layers, inputs, num_sinks, window, original=False, include_current=True, caches=None
+):
+    """What all blocks make [T, D] of the inputs [T, D] of one row: the cache of a layer is a list
+    of (index, unrotated key [G, K], value [G, K]) that tokens are appended to and taken from.
+
+    caches: of rows that have read something.
+    """
     H, G, K = stack.num_heads, stack.kv_heads, stack.head_width
-    layers = params["transformer"]["layers"]
-    caches = [[] for _ in range(stack.num_layers)]  # (index, unrotated key [G, K], value [G, K])
-    first = params.get("sink_tokens", np.zeros((0, stack.d_model)))
-    inputs = np.concatenate([first, np.asarray(params["embed"]["table"])[tokens]])
+    caches = [[] for _ in range(stack.num_layers)] if caches is None else caches
     slopes = np.zeros(H) if stack.rotates else np.asarray(stack.slopes())
     result = []
-    for t, x in enumerate(inputs.astype(np.float64)):
+    for t, x in enumerate(np.asarray(inputs, np.float64), start=len(caches[0])):
         for number, cache in enumerate(caches):
 
             def weight(*names, number=number):
@@ -78,9 +80,18 @@ def stream_logits(model, params, tokens, num_sinks, window, original=False, incl
             h = rms(x, weight("mlp_norm", "weight"), stack.norm_eps)
             gate = h @ weight("mlp", "gate")
             x = x + (gate / (1 + np.exp(-gate)) * (h @ weight("mlp", "up"))) @ weight("mlp", "down")
-        x = rms(x, params["norm"]["weight"], stack.norm_eps)
-        result.append(x @ np.asarray(model.output_kernel(params), np.float64))
-    return np.stack(result)[len(first) :]
+        result.append(x)
+    return np.stack(result)
+
+
+def stream_logits(model, params, tokens, num_sinks, window, original=False, include_current=True):
+    """Logits [T, V] of one row of a language model."""
+    stack, layers = model.config.transformer, params["transformer"]["layers"]
+    first = params.get("sink_tokens", np.zeros((0, stack.d_model)))
+    inputs = np.concatenate([first, np.asarray(params["embed"]["table"])[tokens]])
+    x = stream_blocks(stack, layers, inputs, num_sinks, window, original, include_current)
+    x = np.stack([rms(each, params["norm"]["weight"], stack.norm_eps) for each in x])
+    return (x @ np.asarray(model.output_kernel(params), np.float64))[len(first) :]
 
 
 def nats(logits, tokens):

@@ -39,6 +39,11 @@ class TableDecoder:
         lengths = cache.lengths + jnp.asarray(active, jnp.int32)
         return self._logits(tokens, lengths), TableCache(lengths)
 
+    def extend(self, tokens, lengths, cache):
+        last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
+        lengths = cache.lengths + lengths.astype(jnp.int32)
+        return self._logits(last, lengths), TableCache(lengths)
+
     def _logits(self, tokens, lengths):
         return self.table[lengths % self.table.shape[0], tokens]
 

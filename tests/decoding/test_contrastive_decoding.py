@@ -261,6 +261,23 @@ def test_sampling_draws_from_the_contrastive_distribution():
     np.testing.assert_allclose(share, jax.nn.softmax(scores / 0.7), atol=0.03)
 
 
+def test_a_prompt_after_a_prompt():
+    """Of both models, one of them with a penalty for the ids of both prompts."""
+    penalised = ProcessedDecoder(TABLE, (RepetitionPenalty(1.5),))
+    pair = ContrastiveDecoder.create(penalised, TableDecoder(random_table(7)))
+    prompts, lengths = PROMPTS % 4, LENGTHS
+    first = jnp.minimum(lengths, 2)
+    rest = jnp.take_along_axis(
+        prompts, jnp.minimum(first[:, None] + jnp.arange(4)[None], 4), axis=1
+    )
+    rows = jnp.asarray([0, 1])  # The third one has no rest.
+    _, cache = pair.prefill(prompts[rows], first[rows])
+    logits, cache = pair.extend(rest[rows], (lengths - first)[rows], cache)
+    expected, _ = pair.prefill(prompts[rows], lengths[rows])
+    np.testing.assert_allclose(logits, expected, rtol=1e-6)
+    np.testing.assert_array_equal(cache.lengths, lengths[rows])
+
+
 def test_padded_vocabulary_is_never_chosen():
     expert = TableDecoder(random_table(1, vocab_size=6).at[:, :, 5].set(50.0))
     amateur = TableDecoder(random_table(2, vocab_size=8))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blt_jax.decoding import decoder as decoder_module
 from blt_jax.decoding.decoder import TransformerDecoder
 from blt_jax.dist.sharding import init_params, param_shapes
 from blt_jax.layers import cache as caches
@@ -74,6 +75,41 @@ def test_prefill_and_steps_equal_the_full_pass(fields, monkeypatch):
     assert cache.key_values.slots == slots
 
 
+@jax.jit
+def two_prompts_and_a_token(decoder, tokens, first, second):
+    """Logits [B, V] after each of two prompts and after one more token."""
+    row, decoder = jnp.arange(tokens.shape[0])[:, None], decoder.prepare()
+    logits, cache = decoder.prefill(tokens[:, :4], first)
+    after = [logits]
+    rest = tokens[row, jnp.minimum(first[:, None] + jnp.arange(17)[None], tokens.shape[1] - 1)]
+    logits, cache = decoder.extend(rest, second, cache)
+    after.append(logits)
+    logits, cache = decoder.step(tokens[row[:, 0], first + second], cache)
+    return [*after, logits], cache.lengths
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_kv_heads": 2},
+        {"window": 6},
+        {"sink_tokens": 3, "window": 5, "stack": ALIBI | LEARNED_SINK},
+    ],
+)
+def test_a_prompt_after_a_prompt_equals_the_full_pass(fields, monkeypatch):
+    """In pieces longer than the window, of which one row has a part and one nothing."""
+    monkeypatch.setattr(caches, "FIRST_CHUNK", 5)
+    monkeypatch.setattr(decoder_module, "PIECE", 9)
+    decoder = build(**fields)
+    tokens = jax.random.randint(jax.random.key(2), (3, 24), 0, 30)
+    first, second = jnp.asarray([1, 4, 2], jnp.int32), jnp.asarray([17, 1, 11], jnp.int32)
+    full = jax.jit(decoder.model.apply)({"params": decoder.params}, tokens).logits
+    logits, lengths = two_prompts_and_a_token(decoder, tokens, first, second)
+    for found, end in zip(logits, (first, first + second, first + second + 1), strict=True):
+        np.testing.assert_allclose(found, full[jnp.arange(3), end - 1], atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(lengths, first + second + 1)
+
+
 def test_inactive_rows_keep_their_cache():
     decoder = build(window=3)
     tokens = jnp.asarray([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], jnp.int32)
@@ -113,6 +149,15 @@ def test_a_full_row_is_an_error_outside_jit():
         decoder.step(jnp.asarray([1]), cache)
     with pytest.raises(ValueError, match="exceed capacity=4"):
         decoder.prefill(jnp.ones((1, 5), jnp.int32), jnp.asarray([5]))
+    one, many = jnp.ones((1, 1), jnp.int32), jnp.ones((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match="4 tokens and 1 new ones exceed capacity=4"):
+        decoder.extend(one, one[0], cache)
+    with pytest.raises(ValueError, match="cache has 1 rows: must be 2"):
+        decoder.extend(many, many[:, 0], cache)
+    with pytest.raises(ValueError, match="cache has 4 slots: must have 9"):
+        build(capacity=9).extend(one, one[0], cache)
+    with pytest.raises(ValueError, match="cache has 4 slots: must have 9"):
+        build(capacity=9).step(one[0], cache)
     with pytest.raises(ValueError, match="capacity=0"):
         build(capacity=0)
 

@@ -25,6 +25,7 @@ from blt_jax.decoding.sampling import (
 )
 from blt_jax.dist.sharding import init_params
 from blt_jax.models import llama3
+from tests.decoding.tables import TableDecoder, random_table
 
 LOGITS = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
 
@@ -224,6 +225,47 @@ def test_penalty_and_allowed_ids_follow_the_full_pass(decoder):
             held = np.unique(text[: length + index])
             scores[held] = np.where(scores[held] < 0, scores[held] * 1.7, scores[held] / 1.7)
             assert token == max(allowed, key=lambda i, scores=scores: scores[i])
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_a_generation_is_continued(penalty):
+    """Without a prompt as if it had not been cut, and with one as from the text so far."""
+    decoder = TableDecoder(random_table(0, vocab_size=10))
+    greedy = SamplingConfig(temperature=0.0, repetition_penalty=penalty)
+    whole = generate(decoder, PROMPTS, LENGTHS, greedy, 10)
+    half = generate(decoder, PROMPTS, LENGTHS, greedy, 4)
+    rest = generate(decoder, PROMPTS[:, :1], 0 * LENGTHS, greedy, 6, previous=half)
+    np.testing.assert_array_equal(jnp.concatenate([half.tokens, rest.tokens], 1), whole.tokens)
+    np.testing.assert_array_equal(rest.cache.lengths, whole.cache.lengths)
+
+    # Row 1 has ended by a stop id; its prompt comes after that one.
+    stop = int(half.tokens[1, 1])
+    stopped = generate(decoder, PROMPTS, LENGTHS, greedy, 4, (stop,))
+    assert int(stopped.lengths[1]) == 2
+    run = compile_generation(decoder, PROMPTS, LENGTHS, greedy, 5, previous=stopped)
+    found = run(PROMPTS, LENGTHS, previous=stopped)
+    texts, ends = np.zeros((3, 20), np.int32), []
+    for row in range(3):
+        parts = PROMPTS[row, : LENGTHS[row]], stopped.tokens[row, : stopped.lengths[row]]
+        text = np.concatenate([*parts, parts[0]])
+        texts[row, : len(text)] = text
+        ends.append(len(text))
+    expected = generate(decoder, jnp.asarray(texts), jnp.asarray(ends), greedy, 5)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.cache.lengths, expected.cache.lengths)
+
+
+def test_generations_that_cannot_be_continued():
+    decoder, greedy = TableDecoder(random_table(0, vocab_size=10)), SamplingConfig(temperature=0.0)
+    before = generate(decoder, PROMPTS, LENGTHS, greedy, 4)
+    request = dict(config=greedy, max_new_tokens=4, previous=before)
+    with pytest.raises(ValueError, match=r"tokens \(2, 5\): previous has 3 rows"):
+        generate(decoder, PROMPTS[:2], LENGTHS[:2], **request)
+    with pytest.raises(ValueError, match="8 tokens and 26 new ones exceed capacity=32"):
+        generate(decoder, PROMPTS, LENGTHS, **request | {"max_new_tokens": 20})
+    penalty = SamplingConfig(temperature=0.0, repetition_penalty=2.0)
+    with pytest.raises(ValueError, match=r"previous\.seen=None"):
+        generate(decoder, PROMPTS, LENGTHS, **request | {"config": penalty})
 
 
 def test_numbers_of_processors_change_without_a_compile(decoder):

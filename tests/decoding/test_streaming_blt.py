@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,14 +38,44 @@ def test_a_window_of_patches_equals_a_latent_transformer_with_a_window(rotation)
     assert cache.latent.lengths.tolist() == [14, 14]
 
 
-def test_sinks_change_nothing_before_a_patch_is_evicted():
+@functools.cache
+def streamed():
+    """A decoder with sinks, and its logits [2, 40, V] byte by byte."""
     decoder = StreamingBLTDecoder.create(plain(), sinks(1, 3))
-    found = incremental(decoder, TOKENS, LENGTHS)[1]
+    return decoder, incremental(decoder, TOKENS, LENGTHS)[1]
+
+
+def test_sinks_change_nothing_before_a_patch_is_evicted():
+    found = streamed()[1]
     # The first patch is one byte long: after 13 bytes there are five, one more than the cache has.
     np.testing.assert_allclose(found[:, :12], logits()[:, :12], atol=1e-4)
     # From then on it is neither the dense model nor the one with that window.
     for other in (logits(), logits(window=4)):
         assert np.abs(found[:, 20:] - other[:, 20:]).max() > 0.1
+
+
+def test_a_prompt_after_a_prompt():
+    decoder, expected = streamed()
+    first, second = LENGTHS, jnp.asarray([20, 35])
+    rest = jnp.stack([TOKENS[row, n : n + 35] for row, n in enumerate(LENGTHS.tolist())])
+
+    @jax.jit
+    def read(decoder):
+        _, cache = decoder.prefill(TOKENS[:, :5], first)
+        return decoder.extend(rest, second, cache)
+
+    logits, cache = read(decoder)
+    end = first + second
+    np.testing.assert_allclose(logits, expected[jnp.arange(2), end - 1], atol=1e-4)
+    np.testing.assert_array_equal(cache.lengths, end)
+    other = StreamingBLTDecoder.create(plain(), sinks(2, 2))
+    with pytest.raises(ValueError, match=r"num_sinks=1.*must be one of .*num_sinks=2"):
+        other.extend(rest, second, cache)
+    with pytest.raises(ValueError, match=r"num_sinks=1.*must be one of .*num_sinks=2"):
+        other.step(rest[:, 0], cache)
+    _, unbounded = plain().prefill(TOKENS[:, :5], first)
+    with pytest.raises(TypeError, match="cache is a StepCache: must be a SinkCache"):
+        other.step(rest[:, 0], unbounded)
 
 
 def test_bad_arguments():

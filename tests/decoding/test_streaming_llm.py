@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from blt_jax.decoding import streaming_llm
 from blt_jax.decoding.decoder import Decoder, TransformerDecoder
 from blt_jax.decoding.sampling import SamplingConfig, generate
+from blt_jax.decoding.streaming_decoder import StreamingDecoder, streaming_decoder
 from blt_jax.decoding.streaming_llm import (
     MAX_TOKENS,
     Policy,
     Positions,
     Rotation,
     StreamingConfig,
-    StreamingDecoder,
     query_positions,
     stream_rope,
-    streaming_decoder,
 )
 from blt_jax.decoding.streaming_scores import streaming_nats, streaming_scores
 from blt_jax.dist.sharding import init_params
@@ -74,6 +73,10 @@ CASES = {
 }
 
 
+SCALED = RopeConfig(theta=50.0, scaling_factor=4.0, original_max_positions=24)
+"""One frequency of three is kept, one blended, one stretched."""
+
+
 @functools.cache
 def loop_logits(config):
     """Of both rows, by the float64 loop."""
@@ -101,8 +104,15 @@ def test_ring_and_stream_equal_the_loop(case):
         ({"softmax": Softmax.OFF_BY_ONE}, streaming_llm.window(6)),
         ({"softmax": Softmax.LEARNED_SINK, "sink_tokens": 2}, CASES["sinks"]),
         ({"sink_tokens": 1}, streaming_llm.window(6)),
+        ({"rope": SCALED}, CASES["sinks"]),
     ],
-    ids=["alibi", "zero sink", "learned sink, sink tokens", "sink token that is evicted"],
+    ids=[
+        "alibi",
+        "zero sink",
+        "learned sink, sink tokens",
+        "sink token evicted",
+        "scaled rotation",
+    ],
 )
 def test_options_of_the_model(options, config):
     model, _ = build()
@@ -149,6 +159,41 @@ def test_prompts_longer_than_the_cache_then_steps(case, monkeypatch):
     np.testing.assert_allclose(logits[1], expected[0][39], atol=1e-5)
 
 
+extend = jax.jit(StreamingDecoder.extend)
+
+
+@pytest.mark.parametrize("case", ["sinks", "sinks, keys rotated once"])
+def test_a_prompt_after_a_prompt(case, monkeypatch):
+    """The second one is longer than the cache for one row, and within the sinks for the other."""
+    monkeypatch.setattr(streaming_llm, "PIECE", 14)
+    expected, decoder = loop_logits(CASES["sinks"]), streaming_decoder(*build(), CASES[case])
+    cache, start = decoder.new_cache(2), np.zeros(2, int)
+    for lengths in ([5, 1], [31, 1], [3, 31]):
+        index = np.minimum(start[:, None] + np.arange(31)[None], LENGTH - 1)
+        tokens = jnp.asarray(TOKENS[np.arange(2)[:, None], index])
+        logits, cache = extend(decoder, tokens, jnp.asarray(lengths), cache)
+        start += lengths
+        for row in (0, 1):
+            np.testing.assert_allclose(logits[row], expected[row][start[row] - 1], atol=1e-5)
+
+
+def test_a_conversation_is_one_stream():
+    """Two prompts with what they are continued with, one longer than the cache: every token is the
+    most probable one of the whole text before it, which is read at once here."""
+    decoder, greedy = streaming_decoder(*build(), CASES["sinks"]), SamplingConfig(temperature=0.0)
+    text, previous = np.zeros(0, int), None
+    for prompt in (TOKENS[:1, :5], TOKENS[:1, 5:25]):
+        lengths = jnp.asarray([prompt.shape[1]])
+        previous = generate(decoder, prompt, lengths, greedy, 6, previous=previous)
+        text = np.concatenate([text, prompt[0], previous.tokens[0]])
+    logits, _ = ring(decoder, jnp.asarray(np.pad(text, (0, LENGTH - len(text)))[None], jnp.int32))
+    chosen = np.asarray(logits[0].argmax(-1))
+    np.testing.assert_array_equal(
+        chosen[[*range(4, 10), *range(30, 36)]], text[[*range(5, 11), *range(31, 37)]]
+    )
+    assert previous.cache.lengths.tolist() == [36]
+
+
 def test_generation_goes_on_beyond_the_cache():
     decoder = streaming_decoder(*build(), CASES["sinks"])
     prompt = jnp.asarray(TOKENS[:1, :5])
@@ -182,12 +227,35 @@ def test_one_layer_equals_the_dense_run_on_the_kept_suffix_at_constant_memory():
     assert sizes[0] == 2 * 50 * 8 * 4 + 4
 
 
+@pytest.mark.parametrize("num_sinks", [2, 6])
+def test_what_left_the_window_cannot_be_recovered(num_sinks):
+    """One layer, a prompt of 6 tokens and 8 more: the last logits depend on sinks and window alone,
+    on the whole prompt where it is pinned."""
+    model, params = build(num_layers=1)
+    decoder = streaming_decoder(model, params, streaming_llm.sinks(num_sinks, 4))
+    tokens = jnp.arange(14, dtype=jnp.int32)[None]  # every id once
+
+    @jax.jit
+    @jax.grad
+    def gradient(table):
+        changed = decoder.replace(params=params | {"embed": {"table": table}})
+        _, cache = changed.prefill(tokens[:, :6], jnp.asarray([6]))
+        logits, _ = changed.extend(tokens[:, 6:], jnp.asarray([8]), cache)
+        return jnp.sum(logits * jnp.linspace(-1, 1, 30)[None])
+
+    changes = np.abs(gradient(params["embed"]["table"])[:14]).max(axis=1)
+    kept = [*range(num_sinks), *range(10, 14)]
+    assert (np.delete(changes, kept) == 0).all() and (changes[kept] > 1e-3).all()
+
+
 def test_recomputation_is_the_dense_run_on_the_last_tokens():
     model, params = build()
     decoder = streaming_decoder(model, params, streaming_llm.recompute(8))
     apply = jax.jit(model.apply)
     step = jax.jit(type(decoder).step)
-    logits, cache = decoder.prefill(jnp.asarray(TOKENS[:, :12]), jnp.asarray([12, 3]))
+    _, cache = decoder.prefill(jnp.asarray(TOKENS[:, :4]), jnp.asarray([4, 1]))
+    rest = jnp.asarray(np.stack([TOKENS[0, 4:12], TOKENS[1, 1:9]]))
+    logits, cache = decoder.extend(rest, jnp.asarray([8, 2]), cache)
     ends = [12, 3]
     for _ in range(2):
         for row, end in enumerate(ends):
@@ -300,9 +368,6 @@ def test_bad_arguments():
     with pytest.warns(UserWarning, match="16 positions, the model was trained on 8"):
         streaming_decoder(model, params, streaming_llm.sinks(4, 12, trained_length=8))
     decoder = streaming_decoder(model, params, config)
-    cache = streaming_decoder(model, params, streaming_llm.sinks(4, 11)).new_cache(1)
-    with pytest.raises(ValueError, match=r"\(4, 11\).*must be .*\(4, 12\)"):
-        decoder.step(jnp.asarray([1]), cache)
     full = decoder.new_cache(1).replace(read=jnp.asarray([MAX_TOKENS]))
     with pytest.raises(ValueError, match="exceed capacity=2147483647"):
         decoder.step(jnp.asarray([1]), full)
@@ -314,4 +379,33 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match=f"tokens hold ids .*{bad}.*must be 0..29"):
             streaming_nats(model, params, config, np.where(TOKENS == 7, bad, TOKENS))
     with pytest.raises(ValueError, match="no multiple of the block of 12"):
-        decoder.extend(jnp.zeros((1, 20), jnp.int32), decoder.new_cache(1), jnp.asarray([20]))
+        decoder.read(jnp.zeros((1, 20), jnp.int32), decoder.new_cache(1), jnp.asarray([20]))
+
+
+@pytest.mark.parametrize("read", ["step", "extend"])
+@pytest.mark.parametrize(
+    ("change", "rows", "message"),
+    [
+        (dict(window=11), 1, r"window=11.*must be one of .*window=12"),
+        (TWO_PHASE, 1, "TWO_PHASE.*must be one of .*IN_CACHE"),
+        (dict(positions=Positions.ORIGINAL), 1, "ORIGINAL"),
+        (dict(), 2, r"cache has \(rows, .* = \(2, 2, \(4, 12\), 2, 6\): must be \(1, "),
+    ],
+)
+def test_caches_of_another_config_or_batch(read, change, rows, message):
+    config = streaming_llm.sinks(4, 12)
+    other = streaming_decoder(*build(), dataclasses.replace(config, **change)).new_cache(rows)
+    decoder, token = streaming_decoder(*build(), config), jnp.asarray([1])
+    arguments = (token, other) if read == "step" else (token[:, None], token, other)
+    with pytest.raises(ValueError, match=message):
+        getattr(decoder, read)(*arguments)
+
+
+def test_caches_of_another_model_and_counts():
+    decoder, token = streaming_decoder(*build(), streaming_llm.sinks(4, 12)), jnp.asarray([1])
+    smaller = streaming_decoder(*build(num_layers=1), decoder.config).new_cache(1)
+    with pytest.raises(ValueError, match=r"= \(1, 1, .*: must be \(1, 2, "):
+        decoder.step(token, smaller)
+    for count in (5, -1):
+        with pytest.raises(ValueError, match=rf"counts=\[{count}\]: must be one of 0\.\.4"):
+            decoder.read(jnp.zeros((1, 4), jnp.int32), decoder.new_cache(1), token * count)

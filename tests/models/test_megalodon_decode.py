@@ -106,6 +106,20 @@ def test_rows_of_different_lengths_extend_together():
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+def test_prompts_of_different_lengths_after_prompts():
+    """Some rows have whole pieces, others parts of them or nothing."""
+    decoder, tokens = decoder_of(), tokens_of()
+    first, second = jnp.asarray([2, 7, 10]), jnp.asarray([18, 1, 8])
+    _, cache = jax.jit(MegalodonDecoder.prefill)(decoder, tokens[:, :10], first)
+    rest = jnp.stack([tokens[row, n : n + 18] for row, n in enumerate(first.tolist())])
+    logits, cache = jax.jit(MegalodonDecoder.extend)(decoder, rest, second, cache)
+    end = first + second
+    np.testing.assert_allclose(logits, full_logits()[jnp.arange(3), end - 1], atol=1e-5)
+    token = tokens[jnp.arange(3), end]
+    logits, _ = jax.jit(MegalodonDecoder.step)(decoder, token, cache)
+    np.testing.assert_allclose(logits, full_logits()[jnp.arange(3), end], atol=1e-5)
+
+
 def test_inactive_rows_keep_their_cache_and_rows_can_be_taken():
     decoder, tokens = decoder_of(), tokens_of(2)
     _, cache = jax.jit(MegalodonDecoder.prefill)(decoder, tokens[:, :10], jnp.asarray([10, 4]))
@@ -134,10 +148,10 @@ def test_a_hundred_thousand_tokens_in_a_constant_state():
     decoder = decoder_of().prepare()
     tokens = jax.random.randint(jax.random.key(3), (1, 102_400), 0, 30, jnp.int32)
     extend = jax.jit(MegalodonDecoder.extend)
-    cache = decoder.new_cache(1)
+    cache, half = decoder.new_cache(1), jnp.asarray([51_200])
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), cache)
     for start in range(0, tokens.shape[1], 51_200):
-        logits, cache = extend(decoder, tokens[:, start : start + 51_200], cache)
+        logits, cache = extend(decoder, tokens[:, start : start + 51_200], half, cache)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == shapes
     assert int(cache.lengths[0]) == 102_400 and bool(jnp.isfinite(logits).all())
     # A stream forgets: what the moving average and the chunk do not hold is in the statistics.
@@ -152,16 +166,25 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match=r"capacity=0: must be 1\.\."):
         MegalodonDecoder.create(decoder.model, decoder.params, 0)
     with pytest.raises(ValueError, match=r"ema is \(2, 16, 3\), but these rows and this model"):
-        decoder.extend(jnp.ones((3, 1), jnp.int32), cache)
+        decoder.extend(jnp.ones((3, 1), jnp.int32), jnp.ones(3, int), cache)
     with pytest.raises(ValueError, match=r"attention slots is 8, but .* need 5"):
-        decoder_of(attention_window=5).extend(one, cache)
+        decoder_of(attention_window=5).extend(one, one[:, 0], cache)
     with pytest.raises(ValueError, match="cache has 1 layers: the model has num_layers=2"):
-        decoder_of(num_layers=2).extend(one, cache)
+        decoder_of(num_layers=2).extend(one, one[:, 0], cache)
     with pytest.raises(ValueError, match=r"tokens hold ids 30\.\.30: must be 0\.\.29"):
-        decoder.extend(one * 30, cache)
+        decoder.extend(one * 30, one[:, 0], cache)
     with pytest.raises(ValueError, match=r"cache\.norm\.mean holds NaN"):
         broken = cache.norm.replace(mean=cache.norm.mean * jnp.nan)
-        decoder.extend(one, cache.replace(norm=broken))
+        decoder.extend(one, one[:, 0], cache.replace(norm=broken))
+    # One token at a time as well.
+    with pytest.raises(ValueError, match=r"attention slots is 4, but .* need 5"):
+        decoder_of(attention_window=5).step(one[:, 0], decoder_of(chunk_size=4).new_cache(2))
+    with pytest.raises(ValueError, match=r"heads and their width is \(2, 4\), but .* \(1, 8\)"):
+        decoder_of(num_heads=1).step(one[:, 0], cache)
+    with pytest.raises(ValueError, match=r"ema is \(2, 16, 3\)"):
+        decoder.step(one[:1, 0], cache)
+    with pytest.raises(ValueError, match=r"cache\.norm\.mean holds NaN"):
+        decoder.step(one[:, 0], cache.replace(norm=broken))
     full = cache.replace(lengths=jnp.full((2,), 2**31 - 1, jnp.int32))
     with pytest.raises(ValueError, match="exceed capacity=2147483647"):
         decoder.step(one[:, 0], full)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from blt_jax.decoding.streaming_llm import Rotation, sinks, streaming_decoder
+from blt_jax.decoding.streaming_decoder import streaming_decoder
+from blt_jax.decoding.streaming_llm import Rotation, sinks
 from blt_jax.decoding.streaming_scores import streaming_nats
 from blt_jax.interop import hugging_face
 from tests.parity.test_llama3 import peer, random_ids
