@@ -155,31 +155,52 @@ def dense_chunk_attention(
     config: MegalodonConfig,
     key: jax.Array | None = None,
 ) -> Float[Array, "B T H J"]:
-    """The same with all T x T scores: for dropout of attention, and for looking ahead."""
+    """The same with all scores of blocks as long as the reach: for dropout of attention, and for
+    looking ahead.
+
+    Windows, and chunks of packed documents, begin anywhere: their blocks see those beside them.
+    """
     B, T = q.shape[:2]
-    index = jnp.arange(T)
-    group = documents.attention if documents is not None else None
+    window, size = config.attention_window, min(config.reach, T)
+    group = None if documents is None else documents.attention
     if group is None:
-        span = T if config.attention_window else config.chunk_size
-        group = jnp.broadcast_to(index // span + 1, (B, T))
-    mask = causal_mask(index, index, group, group, config.attention_window)
+        index = jnp.arange(T) // (T if window else size)
+        group = jnp.broadcast_to(index + 1, (B, T))
+    # A row that is looked at both ways is one document, which begins with the row.
+    anywhere = size < T and bool(window or (documents is not None and not config.bidirectional))
+    before, after = int(anywhere), int(anywhere and config.bidirectional)
+    queries, keys = jnp.arange(size), jnp.arange(-before * size, (1 + after) * size)
+    own, beside = (_in_blocks(group, size, *extra) for extra in ((0, 0), (before, after)))
+    mask = causal_mask(queries, keys, own, beside, window)
     if config.bidirectional:
-        mask |= jnp.swapaxes(mask, 1, 2)
+        mask |= jnp.swapaxes(causal_mask(keys, queries, beside, own, window), 1, 2)
+    q = _in_blocks(q, size)
+    k, v = (_in_blocks(x, size, before, after) for x in (k, v))
     rate = config.attention_dropout
     if key is None or not rate:
-        return masked_attention(q, k, v, mask, scale=1.0)
-    keep = jax.random.bernoulli(key, 1.0 - rate, (B, q.shape[2], T, T))
-    if config.attention_dropout_kind is AttentionDropout.KEYS:
-        # A query always keeps itself, or it could be left with nothing.
-        keep |= jnp.eye(T, dtype=bool)[None, None]
+        out = masked_attention(q, k, v, mask, scale=1.0)
+        return out.reshape(B, -1, *out.shape[2:])[:, :T]
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+    keep = jax.random.bernoulli(key, 1.0 - rate, scores.shape)
     mask = mask[:, None]
     if config.attention_dropout_kind is AttentionDropout.KEYS:
-        mask = mask & keep
+        # A query always keeps itself, or it could be left with nothing.
+        mask = mask & (keep | (queries[:, None] == keys[None, :])[None, None])
     weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, NEGATIVE), axis=-1), 0.0)
     if config.attention_dropout_kind is AttentionDropout.WEIGHTS:
         weights = jnp.where(keep, weights / (1.0 - rate), 0.0)
-    return jnp.einsum("bhts,bshj->bthj", weights.astype(v.dtype), v)
+    out = jnp.einsum("bhts,bshj->bthj", weights.astype(v.dtype), v)
+    return out.reshape(B, -1, *out.shape[2:])[:, :T]
+
+
+def _in_blocks(x: jax.Array, size: int, before: int = 0, after: int = 0) -> jax.Array:
+    """[B, T, ...] as M blocks [B M, size, ...], 0 behind the last; with `before` and `after` blocks
+    around each one, [B M, (before + 1 + after) size, ...]."""
+    (B, T), rest = x.shape[:2], x.shape[2:]
+    M = -(-T // size)
+    x = jnp.pad(x, [(0, 0), (before * size, (M + after) * size - T)] + [(0, 0)] * len(rest))
+    parts = [x[:, i * size : (i + M) * size] for i in range(before + 1 + after)]
+    return jnp.concatenate([part.reshape(B * M, size, *rest) for part in parts], axis=1)
 
 
 # ------------------------------------------------------------------- block with two hops (3.4)
@@ -558,8 +579,7 @@ class Megalodon(NextTokenModel):
         return batch["tokens"], batch.get("segment_ids")
 
     def has_dropout(self) -> bool:
-        config = self.config
-        return bool(config.dropout or config.hidden_dropout or config.attention_dropout)
+        return self.config.has_dropout
 
     def flops_per_token(self, context_length: int) -> float:
         head = 2.0 * self.config.d_model * self.config.vocab_size

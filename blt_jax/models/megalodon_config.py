@@ -136,7 +136,9 @@ class MegalodonConfig(ModelConfig):
                 f"MegalodonConfig.norm_groups={self.norm_groups}: must divide "
                 f"d_model={self.d_model}"
             )
-        if self.norm_groups == self.d_model and self.prior_count < 2:
+        # A group norm looks at whole rows.
+        alone = self.norm_groups == self.d_model and not self.bidirectional
+        if alone and self.prior_count < 2:
             raise ValueError(
                 f"MegalodonConfig.prior_count={self.prior_count}: must be >= 2 with "
                 f"norm_groups=d_model={self.d_model}, or the first token has no variance"
@@ -156,6 +158,11 @@ class MegalodonConfig(ModelConfig):
     def reach(self) -> int:
         """Tokens whose keys and values a row keeps."""
         return self.attention_window or self.chunk_size
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped when a key is given."""
+        return bool(self.dropout or self.hidden_dropout or self.attention_dropout)
 
     def build(self, sharding: ShardingRules | None = None) -> Model:
         if self.bidirectional:
