@@ -7,34 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-LAYER_NAMES = {
-    "norm_weight": "attn.timenorm.weight",
-    "norm_bias": "attn.timenorm.bias",
-    "ema_alpha": "attn.cema.alpha",
-    "ema_delta": "attn.cema.delta",
-    "ema_theta": "attn.cema.theta",
-    "ema_gamma_re": "attn.cema.gamma_real",
-    "ema_gamma_im": "attn.cema.gamma_imag",
-    "ema_omega": "attn.cema.omega",
-    "ema_norm_weight": "attn.rmsnorm.gamma",
-    "z_kernel": "attn.wz.weight",
-    "z_bias": "attn.wz.bias",
-    "qk_gain": "attn.gamma",
-    "qk_offset": "attn.beta",
-    "value_kernel": "attn.wv.weight",
-    "value_bias": "attn.wv.bias",
-    "gate_kernel": "attn.wr.weight",
-    "gate_bias": "attn.wr.bias",
-    "hidden_kernel": "attn.wh1.weight",
-    "hidden_bias": "attn.wh1.bias",
-    "out_kernel": "attn.wh2.weight",
-    "mlp_norm_weight": "ffn.norm.weight",
-    "mlp_norm_bias": "ffn.norm.bias",
-    "mlp_gate": "ffn.fc1.weight",
-    "mlp_up": "ffn.fc3.weight",
-    "mlp_down": "ffn.fc2.weight",
-    "mlp_scale": "ffn.alpha",
+from blt_jax.interop.megalodon import megalodon_table
+from blt_jax.interop.weights import foreign_reader, foreign_shapes
+
+ITS_PARTS = {
+    "output.final_norm": "model.norm",
+    "output.output": "lm_head",
+    "rmsnorm.weight": "rmsnorm.gamma",
+    "layers.": "model.layers.",
+    "embed.": "model.embed.",
+    ".mega.": ".attn.",
+    ".nffn.": ".ffn.",
 }
+"""Parts of the names of the authors' state dict as the peer has them."""
 
 
 @contextlib.contextmanager
@@ -44,20 +29,19 @@ def its_settings():
         yield
 
 
-def carried_over(tree: Any, params: dict[str, Any], num_layers: int) -> Any:
+def carried_over(tree: Any, params: dict[str, Any], config: Any) -> Any:
     """`tree` (the peer's model, or its gradient) with our parameters (or gradients) in it."""
-    tree = _put(tree, "model.embed.weight", params["embed"]["table"])
-    for part in ("weight", "bias"):
-        tree = _put(tree, f"model.norm.{part}", params[f"norm_{part}"])
-    if "head" in params:
-        tree = _put(tree, "lm_head.weight", params["head"]["kernel"].T)
-    for name, stacked in params["layers"].items():
-        for layer in range(num_layers):
-            value = stacked[layer]
-            if name.endswith("kernel") or name in ("mlp_gate", "mlp_up", "mlp_down"):
-                rows = value.size // value.shape[-1] if name == "out_kernel" else value.shape[0]
-                value = value.reshape(rows, -1).T
-            tree = _put(tree, f"model.layers.{layer}.{LAYER_NAMES[name]}", value)
+    table = megalodon_table(config)
+    read = foreign_reader(table, params)
+    for name in foreign_shapes(table, config.build()):
+        value, path = jnp.asarray(read(name)), name
+        for theirs, its in ITS_PARTS.items():
+            path = path.replace(theirs, its)
+        if name.endswith("cema.gamma"):
+            for i, part in enumerate(("real", "imag")):
+                tree = _put(tree, f"{path}_{part}", value[..., i])
+        else:
+            tree = _put(tree, path, value)
     return tree
 
 
@@ -72,8 +56,8 @@ def _put(tree: Any, path: str, value: jax.Array) -> Any:
     return eqx.tree_at(where, tree, jnp.reshape(value, where(tree).shape))
 
 
-def make_peer(config: Any, params: dict[str, Any]) -> Any:
-    """The peer's model for our config, with our parameters."""
+def fresh_peer(config: Any) -> Any:
+    """The peer's model for our config, with its own parameters."""
     import megalodon_jax
 
     theirs = megalodon_jax.MegalodonConfig(
@@ -95,5 +79,9 @@ def make_peer(config: Any, params: dict[str, Any]) -> Any:
         scale_emb=config.scale_embeddings,
         share_emb=config.tied_embeddings,
     )
-    model = megalodon_jax.MegalodonForCausalLM(theirs, key=jax.random.key(0))
-    return carried_over(model, params, config.num_layers)
+    return megalodon_jax.MegalodonForCausalLM(theirs, key=jax.random.key(0))
+
+
+def make_peer(config: Any, params: dict[str, Any]) -> Any:
+    """The peer's model for our config, with our parameters."""
+    return carried_over(fresh_peer(config), params, config)

@@ -157,7 +157,7 @@ def check_equal(case: str, ours, theirs) -> float:
     from benchmarks.megalodon_peer import carried_over
 
     if case in ("gradient", "packed"):
-        mapped = carried_over(theirs[1], ours[1], 2)
+        mapped = carried_over(theirs[1], ours[1], both_models()[0].config)
         pairs = [(ours[0], theirs[0])]
         pairs += zip(jax.tree.leaves(mapped), jax.tree.leaves(theirs[1]), strict=True)
         tolerance = 2e-4

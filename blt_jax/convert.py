@@ -1,12 +1,14 @@
-"""Converts checkpoints between Hugging Face or Meta folders and ours.
+"""Converts checkpoints between folders of Hugging Face, Meta or Megalodon's authors and ours.
 
 python -m blt_jax.convert --from=hf --input=Llama-3.1-8B --output=models/llama31_8b
 python -m blt_jax.convert --from=meta --input=Meta-Llama-3-8B --output=models/llama3_8b
 python -m blt_jax.convert --to=hf --input=runs/blt --output=runs/blt_hf
+python -m blt_jax.convert --to=megalodon --input=runs/megalodon --output=runs/megalodon_theirs
 
 Hugging Face folders hold config.json and safetensors of a Llama or a BLT, Meta folders params.json
-and safetensors; ours are made by this program or by a run. A BLT brings its entropy model and
-patching rule along, and files of the tokenizer are copied.
+and safetensors, folders of Megalodon's authors config.json and safetensors (interop/megalodon.py);
+ours are made by this program or by a run. A BLT brings its entropy model and patching rule along,
+and files of the tokenizer are copied.
 """
 
 import pathlib
@@ -15,7 +17,8 @@ import sys
 
 from absl import flags
 
-SOURCES = ("hf", "meta")
+SOURCES = ("hf", "meta", "megalodon")
+TARGETS = ("hf", "megalodon")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 TYPES = ("float32", "bfloat16", "float16")
 
@@ -42,6 +45,31 @@ def from_meta(source: pathlib.Path, target: pathlib.Path, *, dtype: str) -> None
     from blt_jax.interop import meta_llama, model_files
 
     model_files.save_model(target, *meta_llama.load_meta(source, dtype=_dtype(dtype)))
+    copy_tokenizer(source, target)
+
+
+def from_megalodon(source: pathlib.Path, target: pathlib.Path, *, dtype: str) -> None:
+    """A folder of Megalodon's authors into ours, parameters of type `dtype`."""
+    from blt_jax.interop import megalodon, model_files
+
+    model_files.save_model(target, *megalodon.load_megalodon(source, dtype=_dtype(dtype)))
+    copy_tokenizer(source, target)
+
+
+def to_megalodon(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+    averaged: bool = False,
+) -> None:
+    """Our folder into one of Megalodon's authors, projections of type `dtype`."""
+    from blt_jax.interop import megalodon, model_files
+
+    model, params = model_files.load_model(source, averaged=averaged)
+    options = {"max_shard_bytes": max_shard_bytes, "dtype": _dtype(dtype)}
+    megalodon.save_megalodon(model, params, target, **options)
     copy_tokenizer(source, target)
 
 
@@ -86,11 +114,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
     """Parsed flags of a command line, with the program's name; flags.Error says what is wrong."""
     values = flags.FlagValues()
     flags.DEFINE_enum("from", None, SOURCES, "kind of the input folder", flag_values=values)
-    flags.DEFINE_enum("to", None, ("hf",), "kind of the output folder", flag_values=values)
+    flags.DEFINE_enum("to", None, TARGETS, "kind of the output folder", flag_values=values)
     flags.DEFINE_string("input", None, "folder to read", flag_values=values)
     flags.DEFINE_string("output", None, "folder to write", flag_values=values)
     flags.DEFINE_enum(
-        "dtype", None, TYPES, "parameters; default float32 here, bfloat16 to hf", flag_values=values
+        "dtype", None, TYPES, "parameters; default bfloat16 to hf, else float32", flag_values=values
     )
     flags.DEFINE_integer(
         "max_shard_bytes", 5_000_000_000, "largest safetensors file", 1, flag_values=values
@@ -106,15 +134,36 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if values.help:
         return values
     if (values["from"].value is None) == (values.to is None):
-        raise flags.Error("give --from=hf or --from=meta to read such a folder, or --to=hf")
+        raise flags.Error(f"give one of --from={'|'.join(SOURCES)} and --to={'|'.join(TARGETS)}")
     for name in ("input", "output"):
         if not values[name].value:
             raise flags.Error(f"--{name}=<folder> is missing")
     if values.window is not None and values["from"].value != "hf":
         raise flags.Error("--window: only with --from=hf")
     if values.averaged and values.to is None:
-        raise flags.Error("--averaged: only with --to=hf")
+        raise flags.Error("--averaged: only with --to")
     return values
+
+
+def convert(source: pathlib.Path, target: pathlib.Path, values: flags.FlagValues) -> None:
+    """What the flags ask for."""
+    if values.to is not None:
+        write = to_hugging_face if values.to == "hf" else to_megalodon
+        write(
+            source,
+            target,
+            dtype=values.dtype or ("bfloat16" if values.to == "hf" else "float32"),
+            max_shard_bytes=values.max_shard_bytes,
+            averaged=values.averaged,
+        )
+        return
+    dtype = values.dtype or "float32"
+    if values["from"].value == "hf":
+        from_hugging_face(source, target, dtype=dtype, window=values.window)
+    elif values["from"].value == "meta":
+        from_meta(source, target, dtype=dtype)
+    else:
+        from_megalodon(source, target, dtype=dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,19 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     source, target = pathlib.Path(values.input), pathlib.Path(values.output)
     try:
-        if values.to == "hf":
-            to_hugging_face(
-                source,
-                target,
-                dtype=values.dtype or "bfloat16",
-                max_shard_bytes=values.max_shard_bytes,
-                averaged=values.averaged,
-            )
-        elif values["from"].value == "hf":
-            dtype = values.dtype or "float32"
-            from_hugging_face(source, target, dtype=dtype, window=values.window)
-        else:
-            from_meta(source, target, dtype=values.dtype or "float32")
+        convert(source, target, values)
     except (ValueError, OSError, LookupError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

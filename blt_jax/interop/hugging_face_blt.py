@@ -284,7 +284,7 @@ def blt_table(config: blt.BLTConfig) -> list[Weight]:
             same(
                 ("ngram_embedding", f"f{function}_n{size}"),
                 "model.encoder_hash_tok_embedding.weight",
-                rows=i * config.ngrams.vocab_size,
+                start=i * config.ngrams.vocab_size,
             )
             for i, (function, size) in enumerate(config.ngrams.tables)
         ),

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -16,10 +17,11 @@ FLOAT_TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+INTEGER_TYPES = ("I64", "I32")
 PICKLES = (".pth", ".pt", ".bin")
 
 
-def _safetensors():
+def import_safetensors():
     try:
         import safetensors
         import safetensors.numpy
@@ -31,13 +33,17 @@ def _safetensors():
 class TensorFiles:
     """The tensors of a folder by name; a context manager. Nothing is read but headers until `read`.
 
-    shapes: name -> shape. Raises FileNotFoundError for a missing folder, file or shard, and
-    ValueError for a corrupt file, a tensor stored twice, an index that names other tensors than
-    its files hold, and a type other than F32, F16, BF16.
+    shapes: name -> shape. file: the only file to look at, where several are no shards of one
+    checkpoint. counters: last parts of names whose tensors may be integers. Raises
+    FileNotFoundError for a missing folder, file or shard, and ValueError for a corrupt file, a
+    tensor stored twice, an index that names other tensors than its files hold, and a type other
+    than F32, F16, BF16.
     """
 
-    def __init__(self, path: str | pathlib.Path):
-        self.path = pathlib.Path(path)
+    def __init__(
+        self, path: str | pathlib.Path, *, file: str | None = None, counters: tuple[str, ...] = ()
+    ):
+        self.path, self._only, self._counters = pathlib.Path(path), file, counters
         self._stack = contextlib.ExitStack()
         self._files: dict[str, object] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -62,6 +68,8 @@ class TensorFiles:
         """Names that each file should hold; None where no index says so."""
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path}: no such folder")
+        if self._only is not None:
+            return {self._only: None}
         index = self.path / INDEX_FILE
         if index.exists():
             return _read_index(index)
@@ -91,7 +99,7 @@ class TensorFiles:
             raise FileNotFoundError(
                 f"{self.path}: missing shards, with their first tensors: {names}"
             )
-        safetensors = _safetensors()
+        safetensors = import_safetensors()
         owners = collections.defaultdict(list)
         for file, names in expected.items():
             try:
@@ -122,13 +130,67 @@ class TensorFiles:
         for name in owners:
             piece = self._files[name].get_slice(name)
             self.shapes[name] = tuple(piece.get_shape())
-            if piece.get_dtype() not in FLOAT_TYPES:
+            counter = name.split(".")[-1] in self._counters
+            if piece.get_dtype() not in (*FLOAT_TYPES, *(INTEGER_TYPES if counter else ())):
                 wrong[name] = piece.get_dtype()
         if wrong:
             raise ValueError(
                 f"{self.path}: types of {wrong} cannot be read as weights: allowed are "
                 f"{sorted(FLOAT_TYPES)}"
             )
+
+
+class SplitFiles:
+    """Files of a folder that hold parts of the same tensors, read as `TensorFiles` are.
+
+    axis_of(name): the axis along which a tensor's parts are joined in the order of `files`, None
+    where every file holds all of it. Raises ValueError, besides what TensorFiles does, for files
+    with different names, and in `read` for tensors that should be equal and are not.
+    """
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        files: list[str],
+        axis_of: Callable[[str], int | None],
+        *,
+        counters: tuple[str, ...] = (),
+    ):
+        self.path, self._axis_of = pathlib.Path(path), axis_of
+        self._stack = contextlib.ExitStack()
+        try:
+            self._files = [
+                self._stack.enter_context(TensorFiles(path, file=file, counters=counters))
+                for file in files
+            ]
+            for part, file in zip(self._files, files, strict=True):
+                check_names(self._files[0].shapes, part.shapes, self.path / file)
+        except BaseException:
+            self._stack.close()
+            raise
+        self.shapes = {name: self._shape(name) for name in self._files[0].shapes}
+
+    def __enter__(self) -> "SplitFiles":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor `name` in the type of its files."""
+        parts, axis = [part.read(name) for part in self._files], self._axis_of(name)
+        if axis is not None:
+            return np.concatenate(parts, axis=axis)
+        if any(not np.array_equal(parts[0], part) for part in parts[1:]):
+            raise ValueError(f"{self.path}: {name} differs between files that should all hold it")
+        return parts[0]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shapes, axis = [part.shapes[name] for part in self._files], self._axis_of(name)
+        if axis is None or axis >= len(shapes[0]):
+            return shapes[0]
+        size = sum(shape[axis] for shape in shapes)
+        return (*shapes[0][:axis], size, *shapes[0][axis + 1 :])
 
 
 def _read_index(index: pathlib.Path) -> dict[str, list[str]]:
@@ -173,9 +235,11 @@ def write_tensors(
     read: Callable[[str], np.ndarray],
     dtype: np.dtype,
     max_shard_bytes: int,
+    own_types: dict[str, np.dtype] | None = None,
 ) -> None:
     """Writes model.safetensors, or several shards and their index, of at most max_shard_bytes each
-    unless one tensor is larger; tensors come from `read(name)` one shard at a time, cast to dtype.
+    unless one tensor is larger; tensors come from `read(name)` one shard at a time, cast to dtype
+    or to that of `own_types`.
 
     Raises FileExistsError if the folder already holds safetensors files.
     """
@@ -189,7 +253,8 @@ def write_tensors(
     present = sorted(file.name for file in path.glob("*.safetensors*"))
     if present:
         raise FileExistsError(f"{path} already holds {present}")
-    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
+    types = dict.fromkeys(shapes, dtype) | (own_types or {})
+    sizes = {name: math.prod(shape) * types[name].itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > max_shard_bytes:
@@ -199,9 +264,9 @@ def write_tensors(
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = SINGLE_FILE if len(shards) == 1 else file
-        tensors = {name: np.ascontiguousarray(read(name).astype(dtype)) for name in names}
+        tensors = {name: np.asarray(read(name).astype(types[name]), order="C") for name in names}
         # transformers refuses a file that does not say which framework wrote it.
-        _safetensors().numpy.save_file(tensors, path / file, metadata={"format": "pt"})
+        import_safetensors().numpy.save_file(tensors, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

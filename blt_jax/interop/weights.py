@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blt_jax.dist.sharding import param_shapes, param_shardings
-from blt_jax.interop.tensor_files import TensorFiles, check_names
+from blt_jax.interop.tensor_files import SplitFiles, TensorFiles, check_names
 from blt_jax.layers.rope import RopeLayout
 
 Transform = Callable[[np.ndarray], np.ndarray]
@@ -23,14 +23,15 @@ class Weight:
     """One parameter of ours at `path`.
 
     name: the foreign tensor, with `{layer}` where `layers` > 0 tensors are stacked on our leading
-    axis. rows: first row of our parameter in a foreign tensor that joins several. to_theirs and
-    to_ours only reshape and transpose one tensor.
+    axis. start: first index of our parameter along `axis` of a foreign tensor that joins several.
+    to_theirs and to_ours only reshape and transpose one tensor.
     """
 
     path: tuple[str, ...]
     name: str
     layers: int = 0
-    rows: int | None = None
+    start: int | None = None
+    axis: int = 0
     to_theirs: Transform
     to_ours: Transform
 
@@ -46,6 +47,12 @@ def same(path, name, **options) -> Weight:
 def linear(path, name, **options) -> Weight:
     """Ours [in, out], theirs [out, in]."""
     return Weight(path=path, name=name, to_theirs=np.transpose, to_ours=np.transpose, **options)
+
+
+def reshaped(path, name, ours: tuple[int, ...], theirs: tuple[int, ...], **options) -> Weight:
+    """The same numbers in another shape."""
+    to_theirs, to_ours = (lambda x, shape=shape: x.reshape(shape) for shape in (theirs, ours))
+    return Weight(path=path, name=name, to_theirs=to_theirs, to_ours=to_ours, **options)
 
 
 def change_rope_layout(
@@ -101,7 +108,7 @@ def _flat_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _their_shape(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-    one = np.broadcast_to(np.float32(0), shape[1:] if weight.layers else shape)
+    one = np.broadcast_to(np.False_, shape[1:] if weight.layers else shape)
     return weight.to_theirs(one).shape
 
 
@@ -117,21 +124,23 @@ def foreign_shapes(table: list[Weight], model: nn.Module) -> dict[str, tuple[int
         "table of weights",
     )
     shapes: dict[str, tuple[int, ...]] = {}
+    pairs = [(weight, _their_shape(weight, ours[weight.path])) for weight in table]
     by_layer = sorted(
-        ((weight, layer) for weight in table for layer in range(weight.layers or 1)),
-        key=lambda item: item[1],
+        ((layer, *pair) for pair in pairs for layer in range(pair[0].layers or 1)),
+        key=lambda item: item[0],
     )
-    for weight, layer in by_layer:
-        shape = _their_shape(weight, ours[weight.path])
+    for layer, weight, shape in by_layer:
         name = weight.names()[layer]
-        if weight.rows is not None:
-            shape = (max(shapes.get(name, (0,))[0], weight.rows + shape[0]), *shape[1:])
+        if weight.start is not None:
+            axis, end = weight.axis, weight.start + shape[weight.axis]
+            end = max(end, shapes[name][axis] if name in shapes else 0)
+            shape = (*shape[:axis], end, *shape[axis + 1 :])
         shapes[name] = shape
     return shapes
 
 
 def read_params(
-    files: TensorFiles,
+    files: TensorFiles | SplitFiles,
     table: list[Weight],
     model: nn.Module,
     *,
@@ -174,8 +183,10 @@ def _read_param(files, weight, shape, sharding, dtype) -> jax.Array:
     buffers: dict[tuple, np.ndarray] = {}
     for layer, name in enumerate(weight.names()):
         tensor = files.read(name)
-        if weight.rows is not None:
-            tensor = tensor[weight.rows : weight.rows + shape[0]]
+        if weight.start is not None:
+            end = weight.start + _their_shape(weight, shape)[weight.axis]
+            own = slice(weight.start, end)
+            tensor = tensor[(*[slice(None)] * weight.axis, own)]
         tensor = weight.to_ours(tensor)
         for index in {_key(index): index for index in places.values()}.values():
             if _key(index) not in buffers:
@@ -206,9 +217,9 @@ def foreign_reader(table: list[Weight], params: dict[str, Any]) -> Callable[[str
 
     def read(name: str) -> np.ndarray:
         pieces = []
-        for weight, layer in sorted(sources[name], key=lambda item: item[0].rows or 0):
+        for weight, layer in sorted(sources[name], key=lambda item: item[0].start or 0):
             leaf = flat[weight.path]
             pieces.append(weight.to_theirs(np.asarray(leaf[layer] if weight.layers else leaf)))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=weight.axis)
 
     return read

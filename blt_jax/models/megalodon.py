@@ -14,14 +14,14 @@ Section 3.3 (normalised attention)       normalised_queries_keys, chunk_attentio
 Section 3.4 (two-hop residual)           block
 Section 3.5 (chunk parallelism)          moving_average, timestep_norm: states across the mesh
 Section 4.1, Table 1 of the release      mega_200m .. megalodon_7b, BlockParameters
-Mega Eq. 2-4 and 9-13                    EmaKind.REAL, GateKind.MEGA
+Mega Eq. 2-4 and 9-13                    EmaKind.REAL, GateKind.MEGA, AttentionKind
 Section 4.4 (LRA, bidirectional)         MegalodonConfig.bidirectional, megalodon_classifier
 Inference with a constant state          megalodon_decode
 
 Departures: the released code rather than Eq. 2, whose input term has the phase as well
 (`input_phase=True`; a rotation of gamma). Statistics use shifted sums instead of compensated
 ones. Tail chunks may be short. Not here: replacing the statistics by those of the last six of
-eight chunks in generation (only in the release), and Mega's relu^2 and Laplace attention.
+eight chunks in generation (only in the release), and Mega's position bias: it rotates as well.
 
 Measured (experiments/megalodon.py:proof_seeds, 2 CPU cores, 2026-11-22, three seeds): trained on
 rows of 512 bytes, 1.869 bits per byte there and 1.839 +- 0.021 from 512 to 8,192; a Llama of equal
@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules, constrain, parts_of, shard_by_names
 from blt_jax.layers.attention import causal_attention, dense_causal_attention, masked_attention
@@ -54,6 +54,7 @@ from blt_jax.layers.rope import rope_table, rotate
 from blt_jax.layers.sharded_attention import sharded_causal_attention
 from blt_jax.models.megalodon_config import (  # noqa: F401
     AttentionDropout,
+    AttentionKind,
     DecayInit,
     EmaKind,
     GateKind,
@@ -97,6 +98,55 @@ def normalised_queries_keys(
         return checkpoint_name(y.astype(x.dtype), "qkv")
 
     return affine(0), affine(1)
+
+
+def mega_queries_keys(
+    config: MegalodonConfig, w: dict[str, Any], x: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    """Mega's queries and keys of SiLU vectors; those of a softmax are divided by its K^1/2."""
+    z = jax.nn.silu(project(x, w["z_kernel"]) + _along_rows(w["z_bias"], x))
+    q, k = (z * _along_rows(w["qk_gain"][i], x) + _along_rows(w["qk_offset"][i], x) for i in (0, 1))
+    q = q if config.elementwise else q * config.head_dim**-0.5
+    return checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv")
+
+
+def function_of_scores(
+    config: MegalodonConfig, scores: Float[Array, "B H T S"], mask: Bool[Array, "B #H T S"]
+) -> Float[Array, "B H T S"]:
+    """Weights of keys, 0 outside the mask; Mega's relu^2, or Laplace, which approximates it."""
+    if not config.elementwise:
+        return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, NEGATIVE), axis=-1), 0.0)
+    scores = scores / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(scores.dtype)
+    if config.attention is AttentionKind.RELU_SQUARED:
+        return jnp.where(mask, jnp.square(jax.nn.relu(scores)), 0.0)
+    mean, deviation = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
+    below = 0.5 * (1.0 + lax.erf((scores - mean) / (deviation * math.sqrt(2.0))))
+    return jnp.where(mask, below, 0.0)
+
+
+def full_attention(
+    config: MegalodonConfig,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H J"],
+    mask: Bool[Array, "B T S"],
+    key: jax.Array | None = None,
+    itself: Bool[Array, "T S"] | None = None,
+) -> Float[Array, "B T H J"]:
+    """Attention of any kind with a full mask. key: of dropout, which leaves every query the key
+    that is `itself`."""
+    rate = config.attention_dropout if key is not None else 0.0
+    if not rate and not config.elementwise:
+        return masked_attention(q, k, v, mask, scale=1.0)
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+    keep = jax.random.bernoulli(key, 1.0 - rate, scores.shape) if rate else True
+    mask = mask[:, None]
+    if rate and config.attention_dropout_kind is AttentionDropout.KEYS:
+        # Or a query could be left with nothing.
+        weights = function_of_scores(config, scores, mask & (keep | itself[None, None]))
+    else:
+        weights = jnp.where(keep, function_of_scores(config, scores, mask) / (1.0 - rate), 0.0)
+    return jnp.einsum("bhts,bshj->bthj", weights.astype(v.dtype), v)
 
 
 DENSE_CHUNK = 256
@@ -155,31 +205,39 @@ def dense_chunk_attention(
     config: MegalodonConfig,
     key: jax.Array | None = None,
 ) -> Float[Array, "B T H J"]:
-    """The same with all T x T scores: for dropout of attention, and for looking ahead."""
+    """The same with all scores of blocks as long as the reach: for dropout of attention, looking
+    ahead, and Mega's functions.
+
+    Windows, and chunks of packed documents, begin anywhere: their blocks see those beside them.
+    """
     B, T = q.shape[:2]
-    index = jnp.arange(T)
-    group = documents.attention if documents is not None else None
+    window, size = config.attention_window, min(config.reach, T)
+    group = None if documents is None else documents.attention
     if group is None:
-        span = T if config.attention_window else config.chunk_size
-        group = jnp.broadcast_to(index // span + 1, (B, T))
-    mask = causal_mask(index, index, group, group, config.attention_window)
+        index = jnp.arange(T) // (T if window else size)
+        group = jnp.broadcast_to(index + 1, (B, T))
+    # A row that is looked at both ways is one document, which begins with the row.
+    anywhere = size < T and bool(window or (documents is not None and not config.bidirectional))
+    before, after = int(anywhere), int(anywhere and config.bidirectional)
+    queries, keys = jnp.arange(size), jnp.arange(-before * size, (1 + after) * size)
+    own, beside = (_in_blocks(group, size, *extra) for extra in ((0, 0), (before, after)))
+    mask = causal_mask(queries, keys, own, beside, window)
     if config.bidirectional:
-        mask |= jnp.swapaxes(mask, 1, 2)
-    rate = config.attention_dropout
-    if key is None or not rate:
-        return masked_attention(q, k, v, mask, scale=1.0)
-    keep = jax.random.bernoulli(key, 1.0 - rate, (B, q.shape[2], T, T))
-    if config.attention_dropout_kind is AttentionDropout.KEYS:
-        # A query always keeps itself, or it could be left with nothing.
-        keep |= jnp.eye(T, dtype=bool)[None, None]
-    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
-    mask = mask[:, None]
-    if config.attention_dropout_kind is AttentionDropout.KEYS:
-        mask = mask & keep
-    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, NEGATIVE), axis=-1), 0.0)
-    if config.attention_dropout_kind is AttentionDropout.WEIGHTS:
-        weights = jnp.where(keep, weights / (1.0 - rate), 0.0)
-    return jnp.einsum("bhts,bshj->bthj", weights.astype(v.dtype), v)
+        mask |= jnp.swapaxes(causal_mask(keys, queries, beside, own, window), 1, 2)
+    q = _in_blocks(q, size)
+    k, v = (_in_blocks(x, size, before, after) for x in (k, v))
+    out = full_attention(config, q, k, v, mask, key, queries[:, None] == keys[None, :])
+    return out.reshape(B, -1, *out.shape[2:])[:, :T]
+
+
+def _in_blocks(x: jax.Array, size: int, before: int = 0, after: int = 0) -> jax.Array:
+    """[B, T, ...] as M blocks [B M, size, ...], 0 behind the last; with `before` and `after` blocks
+    around each one, [B M, (before + 1 + after) size, ...]."""
+    (B, T), rest = x.shape[:2], x.shape[2:]
+    M = -(-T // size)
+    x = jnp.pad(x, [(0, 0), (before * size, (M + after) * size - T)] + [(0, 0)] * len(rest))
+    parts = [x[:, i * size : (i + M) * size] for i in range(before + 1 + after)]
+    return jnp.concatenate([part.reshape(B * M, size, *rest) for part in parts], axis=1)
 
 
 # ------------------------------------------------------------------- block with two hops (3.4)
@@ -252,7 +310,8 @@ def block(
     mixed = rms_norm(averaged, w["ema_norm_weight"] + 1.0, eps)
     mixed = dropped(mixed, config.hidden_dropout, key, 0)
     with jax.named_scope("attention"):
-        q, k = normalised_queries_keys(config, w, mixed)
+        normalised = config.attention is AttentionKind.NORMALISED
+        q, k = (normalised_queries_keys if normalised else mega_queries_keys)(config, w, mixed)
         q, k = (rotate(each, rope, config.rope.layout) for each in (q, k))
         v = jax.nn.silu(project(normed, w["value_kernel"]) + _along_rows(w["value_bias"], x))
         v = checkpoint_name(v, "qkv")
@@ -382,6 +441,9 @@ def block_parameters(config: MegalodonConfig, layer: jax.Array | int) -> dict[st
 
     heads = ("heads", "head_dim")
     square, mlp = kernel((D, D), ("embed", None), D, D), kernel((D, F), ("embed", "mlp"), D, F)
+    gain = bias(2, H, K, names=(None, *heads))
+    if config.attention is not AttentionKind.NORMALISED:
+        gain = nn.initializers.normal(0.02), *gain[1:]
     table = norm_parameters(config, "norm") | ema_parameters(config)
     if config.bidirectional:
         table |= {f"backward_{k}": v for k, v in ema_parameters(config).items() if "omega" not in k}
@@ -389,7 +451,7 @@ def block_parameters(config: MegalodonConfig, layer: jax.Array | int) -> dict[st
         "ema_norm_weight": bias(D, names=("norm",)),
         "z_kernel": to_heads(K),
         "z_bias": bias(H, K, names=heads),
-        "qk_gain": bias(2, H, K, names=(None, *heads)),
+        "qk_gain": gain,
         "qk_offset": bias(2, H, K, names=(None, *heads)),
         "value_kernel": to_heads(J),
         "value_bias": bias(H, J, names=heads),
@@ -430,12 +492,13 @@ class Block(nn.Module):
         w = declare(self, block_parameters(config, layer))
 
         def attend(q, k, v):
-            if config.bidirectional or (config.attention_dropout and key is not None):
-                return dense_chunk_attention(q, k, v, documents, config, key), None
             kept = None
             if lengths is not None:
                 zeros = jnp.zeros_like(lengths)
                 kept = LayerCache.from_rows(k, v, zeros, lengths, config.reach, k.dtype)
+            dropout = config.attention_dropout and key is not None
+            if config.bidirectional or config.elementwise or dropout:
+                return dense_chunk_attention(q, k, v, documents, config, key), kept
             return chunk_attention(q, k, v, documents, config, self.sharding), kept
 
         x, state = block(
@@ -558,8 +621,7 @@ class Megalodon(NextTokenModel):
         return batch["tokens"], batch.get("segment_ids")
 
     def has_dropout(self) -> bool:
-        config = self.config
-        return bool(config.dropout or config.hidden_dropout or config.attention_dropout)
+        return self.config.has_dropout
 
     def flops_per_token(self, context_length: int) -> float:
         head = 2.0 * self.config.d_model * self.config.vocab_size

@@ -24,6 +24,16 @@ class GateKind(enum.Enum):
     MEGA = "mega"
 
 
+class AttentionKind(enum.Enum):
+    """Weights of keys: softmax of normalised vectors (Megalodon), or Mega's functions of SiLU
+    vectors, softmax of scores over K^1/2, relu^2 and Laplace of scores over the keys seen."""
+
+    NORMALISED = "normalised"
+    SOFTMAX = "softmax"
+    RELU_SQUARED = "relu_squared"
+    LAPLACE = "laplace"
+
+
 class ScanForm(enum.Enum):
     """Implementation of `pallas_kernels.cema_scan`; AUTO goes by platform."""
 
@@ -95,6 +105,7 @@ class MegalodonConfig(ModelConfig):
     tied_embeddings: bool = False
     ema: EmaKind = EmaKind.COMPLEX
     gate: GateKind = GateKind.MEGALODON
+    attention: AttentionKind = AttentionKind.NORMALISED
     input_phase: bool = False
     bidirectional: bool = False
     initialization: WeightInit = WeightInit.HE
@@ -136,11 +147,30 @@ class MegalodonConfig(ModelConfig):
                 f"MegalodonConfig.norm_groups={self.norm_groups}: must divide "
                 f"d_model={self.d_model}"
             )
-        if self.norm_groups == self.d_model and self.prior_count < 2:
+        # A group norm looks at whole rows.
+        alone = self.norm_groups == self.d_model and not self.bidirectional
+        if alone and self.prior_count < 2:
             raise ValueError(
                 f"MegalodonConfig.prior_count={self.prior_count}: must be >= 2 with "
                 f"norm_groups=d_model={self.d_model}, or the first token has no variance"
             )
+
+        if self.attention is not AttentionKind.NORMALISED and self.gate is not GateKind.MEGA:
+            raise ValueError(
+                f"MegalodonConfig.attention={self.attention.name}: allowed with gate=MEGA, "
+                "gate=MEGALODON has NORMALISED alone"
+            )
+        keys = self.attention_dropout and self.attention_dropout_kind is AttentionDropout.KEYS
+        if keys and self.elementwise:
+            raise ValueError(
+                f"MegalodonConfig.attention_dropout_kind=KEYS: must be WEIGHTS with "
+                f"attention={self.attention.name}, which has no softmax"
+            )
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the weight of a key does not depend on the other keys' scores."""
+        return self.attention in (AttentionKind.RELU_SQUARED, AttentionKind.LAPLACE)
 
     @property
     def head_dim(self) -> int:
@@ -156,6 +186,11 @@ class MegalodonConfig(ModelConfig):
     def reach(self) -> int:
         """Tokens whose keys and values a row keeps."""
         return self.attention_window or self.chunk_size
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped when a key is given."""
+        return bool(self.dropout or self.hidden_dropout or self.attention_dropout)
 
     def build(self, sharding: ShardingRules | None = None) -> Model:
         if self.bidirectional:

@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
-from blt_jax.layers.attention import masked_attention
 from blt_jax.layers.cache import LayerCache, ring_index
 from blt_jax.layers.embed import look_up
 from blt_jax.layers.rope import rope_table
@@ -27,6 +26,7 @@ from blt_jax.models.megalodon import (
     Megalodon,
     MegalodonCache,
     block,
+    full_attention,
 )
 from blt_jax.models.megalodon_config import MegalodonConfig
 from blt_jax.models.megalodon_memory import (
@@ -94,7 +94,7 @@ def attend_with_cache(
         jnp.concatenate([jnp.swapaxes(jnp.concatenate(old, axis=2), 1, 2), new], axis=1)
         for old, new in ((cache.key, k), (cache.value, v))
     )
-    out = masked_attention(q, keys, values, mask, scale=1.0)
+    out = full_attention(config, q, keys, values, mask)
     # Which of the kept and new tokens lies in each slot afterwards.
     after_BS = ring_index(start, lengths + T, slots)[0]
     index = jnp.where(
@@ -115,6 +115,9 @@ def attend_step(
     v: Float[Array, "B 1 H J"],
 ) -> tuple[Float[Array, "B 1 H J"], LayerCache]:
     """`attend_with_cache` of one token, for few rows; rows not `active` keep their cache."""
+    if config.elementwise:
+        out, after = attend_with_cache(config, cache, lengths, q, k, v)
+        return out, _select(active, after, cache)
     slots = config.reach
     slot = jnp.where(active, lengths % slots, slots)
     cache = cache.write(k[:, 0], v[:, 0], slot)

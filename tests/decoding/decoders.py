@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 
-from blt_jax.decoding import streaming_llm
 from blt_jax.decoding.decoder import token_decoder
+from blt_jax.decoding.streaming_decoder import streaming_decoder
+from blt_jax.decoding.streaming_llm import recompute, sinks
 from blt_jax.dist.sharding import init_params
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt, llama3, megalodon
@@ -45,9 +46,9 @@ def make(name: str, params: dict[str, Any]):
     """The decoder of these parameters."""
     model = model_of(name)
     if name == "sinks":
-        return streaming_llm.streaming_decoder(model, params, streaming_llm.sinks(1, 3))
+        return streaming_decoder(model, params, sinks(1, 3))
     if name == "recompute":
-        return streaming_llm.streaming_decoder(model, params, streaming_llm.recompute(4))
+        return streaming_decoder(model, params, recompute(4))
     if name == "blt":
         patcher = PatcherConfig(kind=PatcherKind.STRIDED, stride=3)
         return BLTDecoder.create(model, params, patcher, CAPACITY)

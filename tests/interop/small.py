@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from blt_jax.dist.sharding import param_shapes
 from blt_jax.layers.transformer import TransformerConfig
-from blt_jax.models import blt, llama3
+from blt_jax.models import blt, llama3, megalodon_config
 from blt_jax.models.blt_ngrams import NgramConfig
 
 
@@ -24,6 +24,13 @@ def llama(**changes):
     config = llama3.small(
         vocab_size=37, num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, mlp_dim=24
     )
+    model = dataclasses.replace(config, **changes).build()
+    return model, random_params(model)
+
+
+def megalodon(**changes):
+    sizes = dict(num_heads=2, qk_dim=8, value_dim=12, mlp_dim=20, norm_groups=4, state_size=3)
+    config = megalodon_config.small(vocab_size=37, num_layers=2, d_model=16, chunk_size=8, **sizes)
     model = dataclasses.replace(config, **changes).build()
     return model, random_params(model)
 

@@ -14,7 +14,14 @@ from blt_jax.dist.sharding import ShardingRules, init_params, param_shapes
 from blt_jax.layers.model import Precision
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import megalodon, megalodon_memory
-from blt_jax.models.megalodon import AttentionDropout, DecayInit, EmaKind, GateKind, ScanForm
+from blt_jax.models.megalodon import (
+    AttentionDropout,
+    AttentionKind,
+    DecayInit,
+    EmaKind,
+    GateKind,
+    ScanForm,
+)
 from blt_jax.models.megalodon_memory import NormState
 
 CONFIG = megalodon.small(
@@ -321,6 +328,58 @@ def test_mega():
     assert float(jnp.abs(a - logits).max()) > 1e-3
 
 
+def mega_attention(kind, z, gain, offset, v, group):
+    """The equations of Mega in float64, token by token: [T, D] of one row and head."""
+    z = z / (1 + np.exp(-z))
+    q, k = (z * gain[i] + offset[i] for i in (0, 1))
+    rows = np.zeros(v.shape)
+    for t in range(len(q)):
+        seen = [s for s in range(t + 1) if group[s] == group[t] > 0]
+        scores = k[seen] @ q[t]
+        if kind is AttentionKind.SOFTMAX:
+            weights = np.exp(scores / math.sqrt(q.shape[1]))
+            weights /= weights.sum()
+        elif kind is AttentionKind.RELU_SQUARED:
+            weights = np.maximum(scores / max(len(seen), 1), 0) ** 2
+        else:
+            standard = (scores / max(len(seen), 1) - 0.5**0.5) * math.sqrt(4 * math.pi)
+            weights = np.array([0.5 * (1 + math.erf(s / math.sqrt(2))) for s in standard])
+        rows[t] = weights @ v[seen] if seen else 0
+    return rows
+
+
+@pytest.mark.parametrize("kind", list(AttentionKind)[1:])
+@pytest.mark.parametrize("packed", [False, True])
+def test_functions_of_mega(kind, packed):
+    config = changed(gate=GateKind.MEGA, attention=kind)
+    rng = np.random.default_rng(5)
+    shapes = {
+        "z_kernel": (16, 2, 4),
+        "z_bias": (2, 4),
+        "qk_gain": (2, 2, 4),
+        "qk_offset": (2, 2, 4),
+    }
+    w = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    x, v = 0.25 * rng.normal(size=(2, 20, 16)), rng.normal(size=(2, 20, 2, 6))
+    documents = megalodon_memory.documents_of(SEGMENTS, config) if packed else None
+    group = (
+        np.asarray(documents.attention) if packed else np.arange(40).reshape(2, 20) % 20 // 8 + 1
+    )
+
+    @jax.jit
+    def run(w, x, v):
+        q, k = megalodon.mega_queries_keys(config, w, x)
+        return megalodon.dense_chunk_attention(q, k, v, documents, config)
+
+    result = run(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (w, x, v)))
+    for row in range(2):
+        for head in range(2):
+            z = x[row] @ w["z_kernel"][:, head] + w["z_bias"][head]
+            arguments = z, w["qk_gain"][:, head], w["qk_offset"][:, head], v[row, :, head]
+            expected = mega_attention(kind, *arguments, group[row])
+            np.testing.assert_allclose(result[row, :, head], expected, rtol=2e-5, atol=5e-5)
+
+
 def test_phase_of_the_input_is_a_rotation_of_gamma():
     w = jax.tree.map(lambda x: x[0], params_of(CONFIG)["layers"])
     plain, turned = (megalodon.ema_coefficients(changed(input_phase=p), w) for p in (False, True))
@@ -355,6 +414,16 @@ def test_dropout(kind):
         ({"norm_groups": 16}, "prior_count=0: must be >= 2 with norm_groups=d_model=16"),
         ({"chunk_size": 0}, "chunk_size=0: must be >= 1"),
         ({"attention_window": -1}, "attention_window=-1: must be >= 0"),
+        ({"attention": AttentionKind.LAPLACE}, "attention=LAPLACE: allowed with gate=MEGA"),
+        (
+            {
+                "gate": GateKind.MEGA,
+                "attention": AttentionKind.RELU_SQUARED,
+                "attention_dropout": 0.1,
+                "attention_dropout_kind": AttentionDropout.KEYS,
+            },
+            "attention_dropout_kind=KEYS: must be WEIGHTS with attention=RELU_SQUARED",
+        ),
         ({"dropout": 1.0}, r"dropout=1\.0: must be in \[0, 1\)"),
     ],
 )

@@ -62,7 +62,11 @@ def prefill_and_steps(decoder, tokens, lengths):
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_layers": 2, "prior_count": 3, "scale_embeddings": True}, {"attention_window": 5}],
+    [
+        {"num_layers": 2, "prior_count": 3, "scale_embeddings": True},
+        {"attention_window": 5},
+        {"gate": megalodon.GateKind.MEGA, "attention": megalodon.AttentionKind.LAPLACE},
+    ],
 )
 def test_prefill_and_steps_equal_the_full_pass(options):
     lengths = jnp.asarray([1, 9, 10], jnp.int32)

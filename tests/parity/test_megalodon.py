@@ -3,14 +3,16 @@ and the recurrences against a float64 transcription of the sheet's equations."""
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.megalodon_peer import carried_over, its_settings, make_peer
+from benchmarks.megalodon_peer import carried_over, fresh_peer, its_settings, make_peer
 from blt_jax.dist.sharding import init_params
+from blt_jax.interop.megalodon import load_megalodon, save_megalodon, write_megalodon
 from blt_jax.models import megalodon
 
 BASE = megalodon.small(
@@ -101,9 +103,49 @@ def test_logits_and_gradients(name, packed):
     real = slice(None) if segment_ids is None else np.asarray(segment_ids > 0)
     np.testing.assert_allclose(logits[real], peer_logits[real], rtol=2e-5, atol=1e-5)
     with its_settings():
-        expected = carried_over(peer_gradient, gradient, 2)
+        expected = carried_over(peer_gradient, gradient, model.config)
     for ours_, theirs_ in zip(
         jax.tree.leaves(expected), jax.tree.leaves(peer_gradient), strict=True
     ):
         if hasattr(ours_, "shape"):
             np.testing.assert_allclose(ours_, theirs_, rtol=1e-3, atol=5e-5)
+
+
+def assert_equal(a, b):
+    a, b = ([x for x in jax.tree.leaves(tree) if hasattr(x, "shape")] for tree in (a, b))
+    assert len(a) > 10
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("name", ["base", "release_options"])
+def test_files(tmp_path, name):
+    """Its reader makes of our file the model whose logits were compared above; ours reads what it
+    writes, whole and as two model-parallel ranks cut where its reader would join them."""
+    import torch
+    from megalodon_jax import convert
+    from safetensors.torch import load_file, save_file
+
+    model, params, peer = pair(name)
+    save_megalodon(model, params, tmp_path / "ours")
+    state = load_file(tmp_path / "ours" / "model.safetensors")
+    with its_settings():
+        read = convert.load_upstream_state_dict(fresh_peer(model.config), state)
+        written = convert.export_upstream_state_dict(peer)
+    assert_equal(read, peer)
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(write_megalodon(model.config)))
+        ranks = {"model_parallel_size": number}
+        (folder / "consolidate_config.json").write_text(json.dumps(ranks))
+        for rank in range(number):
+            part = {}
+            for key, tensor in written.items():
+                axis = convert._merge_axis(key)
+                cut = tensor if axis is None else torch.chunk(tensor, number, axis)[rank]
+                part[key] = cut.contiguous().clone()
+            file = f"consolidated.{rank:02d}.safetensors"
+            save_file(part, folder / (file if number > 1 else "model.safetensors"))
+        loaded, again = load_megalodon(folder)
+        assert loaded == model
+        jax.tree.map(np.testing.assert_array_equal, again, params)
