@@ -16,6 +16,7 @@ from blt_jax.layers.transformer import Remat
 from blt_jax.models import megalodon, megalodon_memory
 from blt_jax.models.megalodon import AttentionDropout, DecayInit, EmaKind, GateKind, ScanForm
 from blt_jax.models.megalodon_memory import NormState
+from blt_jax.train.optimizer import OptimizerConfig, decay_mask, parameter_names
 
 CONFIG = megalodon.small(
     vocab_size=30,
@@ -119,6 +120,14 @@ def test_initialisation_of_the_moving_average():
     w = init_params(log_uniform.build(), jax.random.key(0))["layers"]
     reach = 1 / (jax.nn.sigmoid(w["ema_alpha"]) * jax.nn.sigmoid(w["ema_delta"]))
     np.testing.assert_allclose([reach.min(), reach.max()], [2, config.chunk_size], rtol=1e-3)
+
+
+def test_the_moving_average_can_be_left_out_of_weight_decay():
+    params = params_of(CONFIG)
+    decayed = jax.tree.leaves(decay_mask(OptimizerConfig(undecayed=("ema_(?!norm)",)), params))
+    spared = {n for n, x in zip(parameter_names(params), decayed, strict=True) if not x}
+    parts = ("alpha", "delta", "theta", "gamma_re", "gamma_im", "omega")
+    assert spared == {f"layers/ema_{part}" for part in parts}
 
 
 # -------------------------------------------------------------------------------- properties
@@ -356,6 +365,8 @@ def test_dropout(kind):
         ({"chunk_size": 0}, "chunk_size=0: must be >= 1"),
         ({"attention_window": -1}, "attention_window=-1: must be >= 0"),
         ({"dropout": 1.0}, r"dropout=1\.0: must be in \[0, 1\)"),
+        ({"norm_eps": -1.0}, r"norm_eps=-1\.0: must be > 0"),
+        ({"input_phase": True, "ema": EmaKind.REAL}, "input_phase=True: needs ema=EmaKind.COMPLEX"),
     ],
 )
 def test_bad_configs(changes, message):
