@@ -14,7 +14,7 @@ from blt_jax.dist.sharding import ShardingRules, init_params, param_shapes
 from blt_jax.layers.model import Precision
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import megalodon, megalodon_memory
-from blt_jax.models.megalodon import AttentionDropout, DecayInit, EmaKind, GateKind, ScanForm
+from blt_jax.models.megalodon import AttentionDropout, DecayInit, EmaKind, ScanForm
 from blt_jax.models.megalodon_memory import NormState
 from blt_jax.train.optimizer import OptimizerConfig, decay_mask, parameter_names
 
@@ -302,40 +302,6 @@ def test_count_beyond_float_precision():
 
 
 # ---------------------------------------------------------------------------------- options
-
-
-def test_mega():
-    """The real average and the update gate, against the equations written out."""
-    config = changed(num_layers=1, ema=EmaKind.REAL, gate=GateKind.MEGA)
-    w = {k: v[0] for k, v in params_of(config)["layers"].items()}
-    c = megalodon.ema_coefficients(config, w)
-    alpha, delta = (np.asarray(jax.nn.sigmoid(w[f"ema_{n}"])) for n in ("alpha", "delta"))
-    x = np.random.default_rng(2).normal(size=(1, 6, 16)).astype(np.float32)
-    h, expected = np.zeros((16, 3)), []
-    for token in x[0]:
-        h = alpha * np.asarray(w["ema_beta"]) * token[:, None] + (1 - alpha * delta) * h
-        expected.append((np.asarray(w["ema_eta"]) * h).sum(1))
-    y, _ = megalodon_memory.moving_average(
-        jnp.asarray(x), c, None, None, form=ScanForm.AUTO, sharding=ShardingRules()
-    )
-    np.testing.assert_allclose(y[0], np.stack(expected), atol=1e-5)
-    assert w["update_kernel"].shape == (16, 16) and "ema_theta" not in w and "ema_omega" not in w
-    logits = apply(config.build(), params_of(config), tokens_of(1, 6))
-    shut = params_of(config)
-    layers = shut["layers"] | {"update_bias": shut["layers"]["update_bias"] - 1e4}
-    # A shut gate lets nothing of the attention through.
-    deaf = layers | {"value_kernel": layers["value_kernel"] * 0}
-    a, b = (apply(config.build(), shut | {"layers": w}, tokens_of(1, 6)) for w in (layers, deaf))
-    np.testing.assert_allclose(a, b, atol=1e-6)
-    assert float(jnp.abs(a - logits).max()) > 1e-3
-
-
-def test_phase_of_the_input_is_a_rotation_of_gamma():
-    w = jax.tree.map(lambda x: x[0], params_of(CONFIG)["layers"])
-    plain, turned = (megalodon.ema_coefficients(changed(input_phase=p), w) for p in (False, True))
-    size = jnp.hypot(plain.output_re, plain.output_im)
-    np.testing.assert_allclose(jnp.hypot(turned.output_re, turned.output_im), size, rtol=1e-5)
-    assert float(jnp.abs(turned.output_re - plain.output_re).max()) > 1e-2
 
 
 @pytest.mark.parametrize("kind", list(AttentionDropout))
