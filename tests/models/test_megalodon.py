@@ -182,18 +182,41 @@ def test_scanned_equals_unrolled():
     assert_close(grads, grads_2, atol=2e-4)
 
 
+SHARDED = ShardingRules(length=("context",))
+HALVES = MeshConfig(data=2, context=2, tensor=2)
+"""The length over two devices."""
+
+
 def test_sharded_equals_one_device():
-    """The length over two devices: 16 tokens each, two chunks; documents cross the cut."""
-    rules = ShardingRules(length=("context",))
-    params, tokens = params_of(CONFIG), tokens_of(2, 32)
-    value, grads = loss_and_grads(CONFIG.build(), params, tokens, LONG_SEGMENTS)
-    logits = logits_of(CONFIG, tokens)
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2, tensor=2))):
-        value_2, grads_2 = loss_and_grads(CONFIG.build(rules), params, tokens, LONG_SEGMENTS)
-        logits_2 = apply(CONFIG.build(rules), params, tokens)
+    """16 tokens on each device: two chunks; documents cross the cut, and begin with a prior."""
+    config = changed(scan_form=ScanForm.AUTO, prior_count=3)
+    params, tokens = params_of(config), tokens_of(2, 32)
+    value, grads = loss_and_grads(config.build(), params, tokens, LONG_SEGMENTS)
+    with jax.set_mesh(make_mesh(HALVES)):
+        value_2, grads_2 = loss_and_grads(config.build(SHARDED), params, tokens, LONG_SEGMENTS)
     np.testing.assert_allclose(value, value_2, rtol=1e-5)
     assert_close(grads, grads_2, atol=1e-4, rtol=1e-3)
-    np.testing.assert_allclose(logits, logits_2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "segment_ids"),
+    [
+        ({"prior_count": 3}, None),
+        ({"dropout": 0.2, "hidden_dropout": 0.3}, None),
+        ({"attention_window": 5}, None),
+        ({"attention_window": 5}, SEGMENTS),
+    ],
+    ids=["whole chunks", "half chunks, dropout", "window", "window, packed"],
+)
+def test_forward_pass_sharded(changes, segment_ids):
+    """The cut lies after 16 or after 10 tokens, where chunks are 8."""
+    config = changed(scan_form=ScanForm.AUTO, **changes)
+    params, tokens = params_of(config), tokens_of(2, 32 if "prior_count" in changes else 20)
+    key = jax.random.key(7) if config.dropout else None
+    logits = apply(config.build(), params, tokens, segment_ids, key)
+    with jax.set_mesh(make_mesh(HALVES)):
+        sharded = apply(config.build(SHARDED), params, tokens, segment_ids, key)
+    np.testing.assert_allclose(sharded, logits, atol=1e-5)
 
 
 def test_created_sharded():
