@@ -1,4 +1,4 @@
-"""Logits and gradients, of packed rows too, against megalodon-jax, an implementation by others,
+"""Logits, gradients, streaming and packed rows against megalodon-jax, an implementation by others,
 and logits and gradients of every option against the equations in float64, token by token."""
 
 import dataclasses
@@ -12,6 +12,7 @@ import pytest
 from benchmarks.megalodon_peer import carried_over, its_settings, make_peer
 from blt_jax.dist.sharding import init_params
 from blt_jax.models import megalodon
+from blt_jax.models.megalodon_decode import MegalodonDecoder
 from tests.models import megalodon_numpy
 
 BASE = megalodon.small(
@@ -125,6 +126,39 @@ def test_logits_and_gradients(name, packed):
     ):
         if hasattr(ours_, "shape"):
             np.testing.assert_allclose(ours_, theirs_, **GRADIENTS)
+
+
+def test_packed_documents_equal_the_peers_alone():
+    """Each of its rows begins with one of our documents; what follows there cannot matter."""
+    (model, params), tokens = model_of("base"), tokens_of(20)
+    logits = ours(model, params, tokens, SEGMENTS, weights_of(SEGMENTS))[1]
+    alone = jnp.stack([jnp.roll(tokens[0], -5), jnp.roll(tokens[0], -16)])
+    expected = theirs(peer_of("base"), alone, None, weights_of(None))[1]
+    np.testing.assert_allclose(logits[0, 5:16], expected[0, :11], **LOGITS)
+    np.testing.assert_allclose(logits[0, 16:17], expected[1, :1], **LOGITS)
+
+
+extend_logits = jax.jit(MegalodonDecoder.extend_logits)
+
+
+@functools.cache
+def their_extension():
+    import equinox as eqx
+
+    return eqx.filter_jit(lambda peer, *inputs: peer(inputs[0], cache=inputs[1], return_cache=True))
+
+
+@pytest.mark.parametrize("cut", [6, 14])
+def test_streams_cut_anywhere(cut):
+    """Two pieces with what is kept between them, over chunks of 8."""
+    (model, params), tokens = model_of("base"), tokens_of(20)
+    decoder = MegalodonDecoder.create(model, params)
+    cache, peer_cache = decoder.new_cache(2), None
+    for piece in (tokens[:, :cut], tokens[:, cut:]):
+        logits, cache = extend_logits(decoder, piece, cache)
+        with its_settings():
+            expected, peer_cache = their_extension()(peer_of("base"), piece, peer_cache)
+        np.testing.assert_allclose(logits, expected, **LOGITS)
 
 
 # -------------------------------------------------------------- the equations, in float64
