@@ -30,7 +30,8 @@ from blt_jax.train.optimizer import Decay, OptimizerConfig, Schedule
 from blt_jax.train.pretraining import EvaluationConfig, Experiment, Pretraining
 
 EVERYTHING_DECAYS = OptimizerConfig(undecayed=())
-"""The paper's: norms centre their weight at 1, so that decay pulls them there."""
+"""The paper's: norms centre their weight at 1, so that decay pulls them there. It pulls the moduli
+of the moving average to 0.75; `undecayed=("ema_(?!norm)",)` leaves its parameters out."""
 
 
 def rows(num_bytes: int, sequence_length: int, batch_size: int) -> DataConfig:

@@ -224,6 +224,18 @@ def test_data_axis_across_slices(tmp_path):
     assert "between slices are not in it" in numbers["estimate"]["note"]
 
 
+def test_moving_average_of_a_row_on_two_devices(tmp_path):
+    """A train step of Megalodon with the TPU kernel inside the context axis."""
+    line = ("--config=experiments/megalodon.py:smoke", "--topology=v5e:2x2")
+    mesh = ("--config.mesh.data=2", "--config.mesh.context=2")
+    (numbers,), _ = reports(tmp_path, (*line, *mesh, "--config.model.scan_form=TPU"))
+    assert numbers["mesh"]["context"] == 2
+    rows, width, size = 8 // 2, 32, 8
+    states = 4 * 2 * rows * width * size  # one part, real or imaginary, of both devices
+    gathered = [row for row in numbers["collectives"] if row["kind"] == "all-gather"]
+    assert (["context"], states) in [(row["axes"], row["bytes"]) for row in gathered]
+
+
 def test_lowering_for_cuda(tmp_path):
     (numbers,), text = reports(tmp_path, (SMOKE, "--topology=cuda:8"))
     assert numbers["devices"] == 8 and numbers["module_bytes"] > 10_000

@@ -13,15 +13,22 @@ Section 3.2, Eq. 4 (timestep norm)       timestep_norm
 Section 3.3 (normalised attention)       normalised_queries_keys, chunk_attention
 Section 3.4 (two-hop residual)           block
 Section 3.5 (chunk parallelism)          moving_average, timestep_norm: states across the mesh
-Section 4.1, Table 1 of the release      mega_200m .. megalodon_7b, BlockParameters
-Mega Eq. 2-4 and 9-13                    EmaKind.REAL, GateKind.MEGA, AttentionKind
+Section 4.1, Table 1 of the release      mega_200m .. megalodon_7b, block_parameters
+Mega, section 3.1 (damped EMA)           EmaKind.REAL
+Mega, section 3.2 (attention, gates)     GateKind.MEGA, AttentionKind
 Section 4.4 (LRA, bidirectional)         MegalodonConfig.bidirectional, megalodon_classifier
 Inference with a constant state          megalodon_decode
 
-Departures: the released code rather than Eq. 2, whose input term has the phase as well
-(`input_phase=True`; a rotation of gamma). Statistics use shifted sums instead of compensated
-ones. Tail chunks may be short. Not here: replacing the statistics by those of the last six of
-eight chunks in generation (only in the release), and Mega's position bias: it rotates as well.
+Departures: the released code rather than Eq. 2, whose input term has the phase as well: other
+implementations read weights so, and it is a rotation of gamma (`input_phase=True` has Eq. 2).
+Statistics use shifted sums instead of compensated ones, which would be a loop over tokens. Tail
+chunks may be short, so that a row may have any length.
+
+Of Mega's block there is what can be exchanged alone: the real average, the gate with the SiLU of
+the candidate before it, and the attention functions. The residual keeps two hops, and rotation
+stands for Mega's position bias. Not here: the release's replacing of the statistics, after eight
+chunks of generation, by those of the last six. The paper does not know it, the tokens of six chunks
+would have to be kept and read again, and what a stream gives would depend on where it was cut.
 
 Measured (experiments/megalodon.py:proof_seeds, 2 CPU cores, 2026-11-22, three seeds): trained on
 rows of 512 bytes, 1.869 bits per byte there and 1.839 +- 0.021 from 512 to 8,192; a Llama of equal

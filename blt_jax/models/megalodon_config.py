@@ -11,14 +11,15 @@ from blt_jax.layers.transformer import Remat
 
 
 class EmaKind(enum.Enum):
-    """The moving average: Megalodon's complex one, or Mega's real one."""
+    """The moving average: Megalodon's complex one with a skip connection, or Mega's real one."""
 
     COMPLEX = "complex"
     REAL = "real"
 
 
 class GateKind(enum.Enum):
-    """How attention output joins the stream: Megalodon's sum, or Mega's update gate."""
+    """How attention output joins the stream: Megalodon's sum x + h, or Mega's update gate
+    x + phi (SiLU(h) - x); the attention itself and the two hops are Megalodon's in both."""
 
     MEGALODON = "megalodon"
     MEGA = "mega"
@@ -141,6 +142,13 @@ class MegalodonConfig(ModelConfig):
             raise ValueError(
                 f"MegalodonConfig.qk_dim={self.qk_dim}: the width per head, {self.head_dim}, must "
                 "be even for rotary embedding"
+            )
+        if self.norm_eps <= 0:
+            raise ValueError(f"MegalodonConfig.norm_eps={self.norm_eps}: must be > 0")
+        if self.input_phase and self.ema is EmaKind.REAL:
+            raise ValueError(
+                "MegalodonConfig.input_phase=True: needs ema=EmaKind.COMPLEX, a real average has "
+                "no phase"
             )
         if self.d_model % self.norm_groups:
             raise ValueError(

@@ -64,7 +64,7 @@ class EmaCoefficients(NamedTuple):
 
 
 def ema_coefficients(config: MegalodonConfig, w: dict[str, Any]) -> EmaCoefficients:
-    """Eq. 2 as released: h = r e^(i phi) h + p x, y = Re(g h). Mega's Eq. 2 for EmaKind.REAL."""
+    """Eq. 2 as released: h = r e^(i phi) h + p x, y = Re(g h). Mega's for EmaKind.REAL."""
     p = jax.nn.sigmoid(w["ema_alpha"])
     # 1 - p d loses the distance to 1 only below 1e-7 of it, where 16 million tokens are kept.
     modulus = 1.0 - p * jax.nn.sigmoid(w["ema_delta"])

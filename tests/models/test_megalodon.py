@@ -23,6 +23,7 @@ from blt_jax.models.megalodon import (
     ScanForm,
 )
 from blt_jax.models.megalodon_memory import NormState
+from blt_jax.train.optimizer import OptimizerConfig, decay_mask, parameter_names
 
 CONFIG = megalodon.small(
     vocab_size=30,
@@ -128,6 +129,14 @@ def test_initialisation_of_the_moving_average():
     np.testing.assert_allclose([reach.min(), reach.max()], [2, config.chunk_size], rtol=1e-3)
 
 
+def test_the_moving_average_can_be_left_out_of_weight_decay():
+    params = params_of(CONFIG)
+    decayed = jax.tree.leaves(decay_mask(OptimizerConfig(undecayed=("ema_(?!norm)",)), params))
+    spared = {n for n, x in zip(parameter_names(params), decayed, strict=True) if not x}
+    parts = ("alpha", "delta", "theta", "gamma_re", "gamma_im", "omega")
+    assert spared == {f"layers/ema_{part}" for part in parts}
+
+
 # -------------------------------------------------------------------------------- properties
 
 
@@ -180,18 +189,41 @@ def test_scanned_equals_unrolled():
     assert_close(grads, grads_2, atol=2e-4)
 
 
+SHARDED = ShardingRules(length=("context",))
+HALVES = MeshConfig(data=2, context=2, tensor=2)
+"""The length over two devices."""
+
+
 def test_sharded_equals_one_device():
-    """The length over two devices: 16 tokens each, two chunks; documents cross the cut."""
-    rules = ShardingRules(length=("context",))
-    params, tokens = params_of(CONFIG), tokens_of(2, 32)
-    value, grads = loss_and_grads(CONFIG.build(), params, tokens, LONG_SEGMENTS)
-    logits = logits_of(CONFIG, tokens)
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2, tensor=2))):
-        value_2, grads_2 = loss_and_grads(CONFIG.build(rules), params, tokens, LONG_SEGMENTS)
-        logits_2 = apply(CONFIG.build(rules), params, tokens)
+    """16 tokens on each device: two chunks; documents cross the cut, and begin with a prior."""
+    config = changed(scan_form=ScanForm.AUTO, prior_count=3)
+    params, tokens = params_of(config), tokens_of(2, 32)
+    value, grads = loss_and_grads(config.build(), params, tokens, LONG_SEGMENTS)
+    with jax.set_mesh(make_mesh(HALVES)):
+        value_2, grads_2 = loss_and_grads(config.build(SHARDED), params, tokens, LONG_SEGMENTS)
     np.testing.assert_allclose(value, value_2, rtol=1e-5)
     assert_close(grads, grads_2, atol=1e-4, rtol=1e-3)
-    np.testing.assert_allclose(logits, logits_2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "segment_ids"),
+    [
+        ({"prior_count": 3}, None),
+        ({"dropout": 0.2, "hidden_dropout": 0.3}, None),
+        ({"attention_window": 5}, None),
+        ({"attention_window": 5}, SEGMENTS),
+    ],
+    ids=["whole chunks", "half chunks, dropout", "window", "window, packed"],
+)
+def test_forward_pass_sharded(changes, segment_ids):
+    """The cut lies after 16 or after 10 tokens, where chunks are 8."""
+    config = changed(scan_form=ScanForm.AUTO, **changes)
+    params, tokens = params_of(config), tokens_of(2, 32 if "prior_count" in changes else 20)
+    key = jax.random.key(7) if config.dropout else None
+    logits = apply(config.build(), params, tokens, segment_ids, key)
+    with jax.set_mesh(make_mesh(HALVES)):
+        sharded = apply(config.build(SHARDED), params, tokens, segment_ids, key)
+    np.testing.assert_allclose(sharded, logits, atol=1e-5)
 
 
 def test_created_sharded():
@@ -302,32 +334,6 @@ def test_count_beyond_float_precision():
 # ---------------------------------------------------------------------------------- options
 
 
-def test_mega():
-    """The real average and the update gate, against the equations written out."""
-    config = changed(num_layers=1, ema=EmaKind.REAL, gate=GateKind.MEGA)
-    w = {k: v[0] for k, v in params_of(config)["layers"].items()}
-    c = megalodon.ema_coefficients(config, w)
-    alpha, delta = (np.asarray(jax.nn.sigmoid(w[f"ema_{n}"])) for n in ("alpha", "delta"))
-    x = np.random.default_rng(2).normal(size=(1, 6, 16)).astype(np.float32)
-    h, expected = np.zeros((16, 3)), []
-    for token in x[0]:
-        h = alpha * np.asarray(w["ema_beta"]) * token[:, None] + (1 - alpha * delta) * h
-        expected.append((np.asarray(w["ema_eta"]) * h).sum(1))
-    y, _ = megalodon_memory.moving_average(
-        jnp.asarray(x), c, None, None, form=ScanForm.AUTO, sharding=ShardingRules()
-    )
-    np.testing.assert_allclose(y[0], np.stack(expected), atol=1e-5)
-    assert w["update_kernel"].shape == (16, 16) and "ema_theta" not in w and "ema_omega" not in w
-    logits = apply(config.build(), params_of(config), tokens_of(1, 6))
-    shut = params_of(config)
-    layers = shut["layers"] | {"update_bias": shut["layers"]["update_bias"] - 1e4}
-    # A shut gate lets nothing of the attention through.
-    deaf = layers | {"value_kernel": layers["value_kernel"] * 0}
-    a, b = (apply(config.build(), shut | {"layers": w}, tokens_of(1, 6)) for w in (layers, deaf))
-    np.testing.assert_allclose(a, b, atol=1e-6)
-    assert float(jnp.abs(a - logits).max()) > 1e-3
-
-
 def mega_attention(kind, z, gain, offset, v, group):
     """The equations of Mega in float64, token by token: [T, D] of one row and head."""
     z = z / (1 + np.exp(-z))
@@ -380,14 +386,6 @@ def test_functions_of_mega(kind, packed):
             np.testing.assert_allclose(result[row, :, head], expected, rtol=2e-5, atol=5e-5)
 
 
-def test_phase_of_the_input_is_a_rotation_of_gamma():
-    w = jax.tree.map(lambda x: x[0], params_of(CONFIG)["layers"])
-    plain, turned = (megalodon.ema_coefficients(changed(input_phase=p), w) for p in (False, True))
-    size = jnp.hypot(plain.output_re, plain.output_im)
-    np.testing.assert_allclose(jnp.hypot(turned.output_re, turned.output_im), size, rtol=1e-5)
-    assert float(jnp.abs(turned.output_re - plain.output_re).max()) > 1e-2
-
-
 @pytest.mark.parametrize("kind", list(AttentionDropout))
 def test_dropout(kind):
     tokens, key = tokens_of(), jax.random.key(7)
@@ -425,6 +423,8 @@ def test_dropout(kind):
             "attention_dropout_kind=KEYS: must be WEIGHTS with attention=RELU_SQUARED",
         ),
         ({"dropout": 1.0}, r"dropout=1\.0: must be in \[0, 1\)"),
+        ({"norm_eps": -1.0}, r"norm_eps=-1\.0: must be > 0"),
+        ({"input_phase": True, "ema": EmaKind.REAL}, "input_phase=True: needs ema=EmaKind.COMPLEX"),
     ],
 )
 def test_bad_configs(changes, message):

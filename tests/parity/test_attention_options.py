@@ -55,7 +55,7 @@ def test_learned_sink(window):
         return out, vjp(jnp.asarray(weight))
 
     out, gradients = ours(*map(jnp.asarray, arrays))
-    np.testing.assert_allclose(out, expected.detach().numpy(), atol=2e-6)
+    np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-6)
     for found, tensor in zip(gradients, theirs, strict=True):
         np.testing.assert_allclose(found, tensor.grad.numpy(), atol=5e-5, rtol=1e-3)
 
@@ -102,7 +102,7 @@ def test_whole_attention_with_linear_bias(num_heads):
         return jnp.sum(jnp.square(found)), found
 
     (_, found), (d_params, d_x) = jax.value_and_grad(ours, (0, 1), has_aux=True)(params, x)
-    np.testing.assert_allclose(found, expected.detach().numpy(), atol=2e-6)
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-6)
     np.testing.assert_allclose(d_x, hidden.grad.numpy(), atol=5e-5, rtol=1e-3)
     d_qkv = theirs.Wqkv.weight.grad.numpy().reshape(3, num_heads, 8, d_model)
     for name, expected in zip(("query", "key", "value"), np.moveaxis(d_qkv, 3, 1), strict=True):

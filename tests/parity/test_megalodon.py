@@ -1,5 +1,5 @@
 """Logits, gradients, streaming and packed rows against megalodon-jax, an implementation by others,
-and the recurrences against a float64 transcription of the sheet's equations."""
+and logits and gradients of every option against the equations in float64, token by token."""
 
 import dataclasses
 import functools
@@ -14,6 +14,8 @@ from benchmarks.megalodon_peer import carried_over, fresh_peer, its_settings, ma
 from blt_jax.dist.sharding import init_params
 from blt_jax.interop.megalodon import load_megalodon, save_megalodon, write_megalodon
 from blt_jax.models import megalodon
+from blt_jax.models.megalodon_decode import MegalodonDecoder
+from tests.models import megalodon_numpy
 
 BASE = megalodon.small(
     vocab_size=48,
@@ -37,7 +39,12 @@ CONFIGS = {
         tied_embeddings=True,
     ),
     "window": dataclasses.replace(BASE, attention_window=6),
+    "prior": dataclasses.replace(BASE, prior_count=3),
+    "input_phase": dataclasses.replace(BASE, input_phase=True),
+    "mega": dataclasses.replace(BASE, ema=megalodon.EmaKind.REAL, gate=megalodon.GateKind.MEGA),
 }
+LOGITS = dict(rtol=2e-5, atol=2e-6)
+GRADIENTS = dict(rtol=1e-3, atol=5e-5)
 
 
 def random_params(config):
@@ -50,11 +57,14 @@ def random_params(config):
 
 
 @functools.cache
-def pair(name):
-    config = CONFIGS[name]
-    params = random_params(config)
+def model_of(name):
+    return CONFIGS[name].build(), random_params(CONFIGS[name])
+
+
+@functools.cache
+def peer_of(name):
     with its_settings():
-        return config.build(), params, make_peer(config, params)
+        return make_peer(CONFIGS[name], model_of(name)[1])
 
 
 def tokens_of(length, rows=2, seed=3):
@@ -73,19 +83,30 @@ def ours(model, params, tokens, segment_ids, weights):
     return jax.grad(objective, has_aux=True)(params)
 
 
-def theirs(peer, tokens, segment_ids, weights):
+@functools.cache
+def their_program():
     import equinox as eqx
 
     @eqx.filter_jit
-    def run(peer):
+    def run(peer, tokens, segment_ids, weights):
         def objective(peer):
             logits, _ = peer(tokens, segment_ids=segment_ids)
             return (jnp.tanh(logits) * weights).sum(), logits
 
         return eqx.filter_grad(objective, has_aux=True)(peer)
 
+    return run
+
+
+def theirs(*arguments):
     with its_settings():
-        return run(peer)
+        return their_program()(*arguments)
+
+
+def weights_of(segment_ids):
+    """Of the logits in the objective: none where there is padding."""
+    weights = jax.random.normal(jax.random.key(5), (2, 20, 48))
+    return weights if segment_ids is None else jnp.where((SEGMENTS > 0)[..., None], weights, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -93,22 +114,111 @@ def theirs(peer, tokens, segment_ids, weights):
     [("base", False), ("base", True), ("release_options", False), ("window", True)],
 )
 def test_logits_and_gradients(name, packed):
-    model, params, peer = pair(name)
+    (model, params), peer = model_of(name), peer_of(name)
     tokens, segment_ids = tokens_of(20), SEGMENTS if packed else None
-    weights = jax.random.normal(jax.random.key(5), (2, 20, 48))
-    if packed:
-        weights = jnp.where((SEGMENTS > 0)[..., None], weights, 0.0)
+    weights = weights_of(segment_ids)
     gradient, logits = ours(model, params, tokens, segment_ids, weights)
     peer_gradient, peer_logits = theirs(peer, tokens, segment_ids, weights)
     real = slice(None) if segment_ids is None else np.asarray(segment_ids > 0)
-    np.testing.assert_allclose(logits[real], peer_logits[real], rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(logits[real], peer_logits[real], **LOGITS)
     with its_settings():
         expected = carried_over(peer_gradient, gradient, model.config)
     for ours_, theirs_ in zip(
         jax.tree.leaves(expected), jax.tree.leaves(peer_gradient), strict=True
     ):
         if hasattr(ours_, "shape"):
-            np.testing.assert_allclose(ours_, theirs_, rtol=1e-3, atol=5e-5)
+            np.testing.assert_allclose(ours_, theirs_, **GRADIENTS)
+
+
+def test_packed_documents_equal_the_peers_alone():
+    """Each of its rows begins with one of our documents; what follows there cannot matter."""
+    (model, params), tokens = model_of("base"), tokens_of(20)
+    logits = ours(model, params, tokens, SEGMENTS, weights_of(SEGMENTS))[1]
+    alone = jnp.stack([jnp.roll(tokens[0], -5), jnp.roll(tokens[0], -16)])
+    expected = theirs(peer_of("base"), alone, None, weights_of(None))[1]
+    np.testing.assert_allclose(logits[0, 5:16], expected[0, :11], **LOGITS)
+    np.testing.assert_allclose(logits[0, 16:17], expected[1, :1], **LOGITS)
+
+
+extend_logits = jax.jit(MegalodonDecoder.extend_logits)
+
+
+@functools.cache
+def their_extension():
+    import equinox as eqx
+
+    return eqx.filter_jit(lambda peer, *inputs: peer(inputs[0], cache=inputs[1], return_cache=True))
+
+
+@pytest.mark.parametrize("cut", [6, 14])
+def test_streams_cut_anywhere(cut):
+    """Two pieces with what is kept between them, over chunks of 8."""
+    (model, params), tokens = model_of("base"), tokens_of(20)
+    decoder = MegalodonDecoder.create(model, params)
+    cache, peer_cache = decoder.new_cache(2), None
+    for piece in (tokens[:, :cut], tokens[:, cut:]):
+        logits, cache = extend_logits(decoder, piece, cache)
+        with its_settings():
+            expected, peer_cache = their_extension()(peer_of("base"), piece, peer_cache)
+        np.testing.assert_allclose(logits, expected, **LOGITS)
+
+
+# -------------------------------------------------------------- the equations, in float64
+
+
+def documents(segment_ids):
+    """Row and tokens of every document of [B, T]."""
+    for row, ids in enumerate(np.asarray(segment_ids)):
+        for document in np.unique(ids[ids > 0]):
+            yield row, np.flatnonzero(ids == document)
+
+
+def equations(config, params, tokens, segment_ids):
+    logits = np.zeros((*tokens.shape, config.vocab_size))
+    for row, at in documents(segment_ids):
+        logits[row, at] = megalodon_numpy.logits(config, params, tokens[row, at])
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        ("base", True),
+        ("release_options", False),
+        ("window", True),
+        ("prior", True),
+        ("input_phase", False),
+        ("mega", False),
+    ],
+)
+def test_equations(name, packed):
+    """Logits, and the gradient of every parameter along one random direction."""
+    config, (model, params), tokens = CONFIGS[name], model_of(name), tokens_of(20)
+    segment_ids = SEGMENTS if packed else None
+    weights = weights_of(segment_ids)
+    gradient, logits = ours(model, params, tokens, segment_ids, weights)
+    document_ids = np.ones(tokens.shape, int) if segment_ids is None else np.asarray(segment_ids)
+    exact, exact_weights = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, weights))
+    tokens = np.asarray(tokens)
+    expected = equations(config, exact, tokens, document_ids)
+    real = document_ids > 0
+    np.testing.assert_allclose(logits[real], expected[real], **LOGITS)
+
+    leaves, tree = jax.tree.flatten(exact)
+
+    def objective(index, moved):
+        moved = jax.tree.unflatten(tree, [*leaves[:index], moved, *leaves[index + 1 :]])
+        return (np.tanh(equations(config, moved, tokens, document_ids)) * exact_weights).sum()
+
+    rng, slopes, found = np.random.default_rng(6), [], []
+    for index, (leaf, own) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
+        step = 1e-5 * rng.normal(size=leaf.shape)
+        slopes.append((objective(index, leaf + step) - objective(index, leaf - step)) / 2e-5)
+        found.append((np.asarray(own, np.float64) * step).sum() / 1e-5)
+    np.testing.assert_allclose(found, slopes, **GRADIENTS)
+
+
+# ------------------------------------------------------------------------------- files
 
 
 def assert_equal(a, b):
@@ -124,7 +234,7 @@ def test_files(tmp_path, name):
     import torch
     from megalodon_jax import convert
     from safetensors.torch import load_file, save_file
-
+    (model, params), peer = model_of(name), peer_of(name)
     model, params, peer = pair(name)
     save_megalodon(model, params, tmp_path / "ours")
     state = load_file(tmp_path / "ours" / "model.safetensors")

@@ -32,6 +32,6 @@ def test_logits_before_eviction(case, tmp_path):
             decoder, jnp.asarray(ids[:, :31]), jnp.full(2, 31)
         )
         found, _ = jax.jit(type(decoder).step)(decoder, jnp.asarray(ids[:, 31]), cache)
-        np.testing.assert_allclose(found, expected, atol=2e-5)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
         scores = streaming_nats(model, params, config, ids[:, :33])
         np.testing.assert_allclose(scores[:, :31], nats[:, :31], atol=1e-5)

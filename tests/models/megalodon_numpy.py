@@ -1,0 +1,141 @@
+"""Megalodon in plain float64 numpy, one token after the other: the equations of arXiv 2404.08801 as
+the released code has them, of the paper's Eq. 2, and of Mega's moving average and gate."""
+
+import numpy as np
+
+from blt_jax.models.megalodon_config import EmaKind, GateKind
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def unit_rms(x, eps):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class TimestepNorm:
+    """Eq. 4: every group by the mean and variance of all its numbers in all tokens so far."""
+
+    def __init__(self, w, name, config):
+        self.weight, self.bias, self.eps = w[f"{name}_weight"], w[f"{name}_bias"], config.norm_eps
+        self.n, self.mean, self.variance = config.prior_count, 0.0, 0.0
+        self.groups = config.norm_groups
+        if config.prior_count:
+            self.mean = w[f"{name}_prior_mean"]
+            self.variance = np.exp(w[f"{name}_prior_log_variance"])
+
+    def __call__(self, x):
+        x = x.reshape(self.groups, -1)
+        self.n, n = self.n + 1, self.n + 1
+        delta = x.mean(1) - self.mean
+        self.mean = self.mean + delta / n
+        within = x.var(1) + delta**2 * (n - 1) / n
+        self.variance = ((n - 1) * self.variance + within) / n
+        y = (x - self.mean[:, None]) / np.sqrt(self.variance + self.eps)[:, None]
+        return y.reshape(-1) * (self.weight + 1) + self.bias
+
+
+class MovingAverage:
+    """h = q h + p x, y = Re(g h) + omega x; Eq. 2 of the paper turns p by the angle of q too."""
+
+    def __init__(self, w, config):
+        alpha, delta = sigmoid(w["ema_alpha"]), sigmoid(w["ema_delta"])
+        D, N = alpha.shape
+        self.h, self.q = np.zeros((D, N), complex), 1 - alpha * delta
+        if config.ema is EmaKind.REAL:
+            self.p, self.g, self.omega = alpha * w["ema_beta"], w["ema_eta"], np.zeros(D)
+            return
+        k = np.arange(1, N + 1)
+        turn = np.exp(1j * k * (2 * np.pi / N) * sigmoid(w["ema_theta"])[:, None])
+        self.q = self.q * turn
+        self.p = alpha * turn if config.input_phase else alpha
+        self.g = (w["ema_gamma_re"] + 1j * w["ema_gamma_im"]) / np.sqrt(N)
+        self.omega = w["ema_omega"]
+
+    def __call__(self, x):
+        self.h = self.q * self.h + self.p * x[:, None]
+        return (self.g * self.h).real.sum(1) + self.omega * x
+
+
+def rotated(x, position, base):
+    """Rotary embedding of x [H, K]; features 2i and 2i + 1 are one complex number."""
+    K = x.shape[-1]
+    angle = position * base ** (-2 * np.arange(K // 2) / K)
+    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * angle)
+    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+
+
+class Block:
+    """A layer and what it knows of the tokens before."""
+
+    def __init__(self, w, config):
+        self.w, self.config, self.kept = w, config, []
+        self.norm, self.average = TimestepNorm(w, "norm", config), MovingAverage(w, config)
+
+    def attention(self, q, k, v, t):
+        """Scores are not scaled; a chunk, or a window's last tokens."""
+        c, window, base = (
+            self.config.chunk_size,
+            self.config.attention_window,
+            self.config.rope.theta,
+        )
+        if t % c == 0 and not window:
+            self.kept = []
+        position = t if window else t % c
+        self.kept = [*self.kept, (rotated(k, position, base), v)][-window:]
+        keys, values = (np.stack(x) for x in zip(*self.kept, strict=True))
+        scores = np.einsum("hk,shk->hs", rotated(q, position, base), keys)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        return np.einsum("hs,shj->hj", weights / weights.sum(1, keepdims=True), values)
+
+    def __call__(self, x, t):
+        w, eps = self.w, self.config.norm_eps
+
+        def heads(x, name):
+            return np.einsum("d,dhk->hk", x, w[f"{name}_kernel"]) + w[f"{name}_bias"]
+
+        x_tn = self.norm(x)
+        mx = unit_rms(self.average(x_tn), eps) * (w["ema_norm_weight"] + 1)
+        z = unit_rms(heads(mx, "z"), eps)
+        z_h = z.shape[-1]
+        q, k = z * (w["qk_gain"] + 1) / np.sqrt(z_h) + w["qk_offset"]
+        seen = self.attention(q, k, silu(heads(x_tn, "value")), t)
+        seen = seen * silu(heads(mx, "gate"))
+        h = mx @ w["hidden_kernel"] + w["hidden_bias"]
+        h = h + np.einsum("hj,hjd->d", seen, w["out_kernel"])
+        y = x + h
+        if self.config.gate is GateKind.MEGA:
+            phi = sigmoid(mx @ w["update_kernel"] + w["update_bias"])
+            y = phi * silu(h) + (1 - phi) * x
+        y = (y - y.mean()) / np.sqrt(y.var() + eps) * (w["mlp_norm_weight"] + 1) + w[
+            "mlp_norm_bias"
+        ]
+        h = silu(y @ w["mlp_gate"])
+        if self.config.swiglu:
+            h = h * (y @ w["mlp_up"])
+        h = h @ w["mlp_down"]
+        if self.config.rescale_mlp:
+            h = h * w["mlp_scale"]
+        return x + h
+
+
+def logits(config, params, tokens):
+    """[T, V] of one document [T]; params: a model's, as float64."""
+    table, layers = params["embed"]["table"], params["layers"]
+    blocks = [
+        Block({name: x[i] for name, x in layers.items()}, config) for i in range(config.num_layers)
+    ]
+    last = TimestepNorm(params, "norm", config)
+    head = table.T if config.tied_embeddings else params["head"]["kernel"]
+    rows = []
+    for t, token in enumerate(tokens):
+        x = table[token] * (np.sqrt(config.d_model) if config.scale_embeddings else 1)
+        for block in blocks:
+            x = block(x, t)
+        rows.append(last(x) @ head)
+    return np.stack(rows)
