@@ -106,7 +106,38 @@ def test_chips():
     assert flops.peak_flops("TPU v5") == flops.peak_flops("TPU v5p") == 459e12
     assert flops.chip("TPU v6 lite").memory == 32e9
     assert flops.chip("NVIDIA H100 80GB HBM3").bandwidth == 3350e9
+    assert flops.chip("NVIDIA A100-SXM4-80GB").memory == 80e9
     assert flops.chip("cpu") is None and flops.peak_flops("cpu") is None
+    assert flops.utilization(1e12, 1.0, jax.devices()) is None
+
+
+@pytest.mark.parametrize(
+    ("near", "name"),
+    [
+        ("NVIDIA L40", "NVIDIA L4"),
+        ("NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3"),
+        ("NVIDIA H200 NVL", "NVIDIA H200"),
+        ("Tesla V100-PCIE-16GB", "Tesla V100-SXM2-16GB"),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"),
+    ],
+)
+def test_cards_whose_names_begin_alike_have_entries_of_their_own(near, name):
+    assert None is not flops.chip(near) != flops.chip(name) is not None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        "NVIDIA H100",
+        "TPU v4 lite",
+        "TPU v5 something",
+        "",
+    ],
+)
+def test_slices_of_a_card_and_devices_not_listed_are_unknown(kind):
+    assert flops.chip(kind) is None and flops.peak_flops(kind) is None
 
 
 def test_a_loop_whose_length_is_data_is_said_to_be_counted_once():
