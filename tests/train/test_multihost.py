@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blt_jax.dist import multihost
-from tests.train.launched import ROOT, environment, forget_after, launch, lines
+from tests.train.launched import ROOT, environment, finish, forget_after, free_port, launch, lines
 
 KEEP = "--config.checkpointing.keep=9"
 
@@ -68,17 +68,69 @@ def test_blt_on_four_processes_and_back(cache, tmp_path):
         assert_close(tmp_path / "one", tmp_path / "moved")
 
 
-def test_a_lone_host_is_not_an_error(cache):
-    code = "from blt_jax.dist import multihost; print(multihost.initialize())"
-    output = subprocess.run(
+def python(code, cache, **variables):
+    """A process that runs the code, told of no cluster but by the variables."""
+    unset = dict.fromkeys(multihost.PROCESS_COUNTS)
+    return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment(cache),
-        capture_output=True,
+        env=environment(cache, **(unset | variables)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
     )
-    assert output.stdout.strip() == "False", output.stderr
+
+
+ALONE = """
+import os
+from blt_jax.dist import multihost
+print(multihost.initialize())
+os.environ["PMI_SIZE"] = "1"
+print(multihost.initialize())
+for name in multihost.PROCESS_COUNTS:  # as Open MPI 5, other MPI, and SLURM without srun set them
+    os.environ[name] = "2"
+    try:
+        print(multihost.initialize())
+    except ValueError as error:
+        print(error)
+    del os.environ[name]
+"""
+
+
+def test_a_lone_host_is_not_an_error_but_a_process_of_an_unknown_cluster_is(cache):
+    (output,) = finish([python(ALONE, cache)])
+    first, second, *errors = output.splitlines()
+    assert (first, second) == ("False", "False")
+    for name, error in zip(multihost.PROCESS_COUNTS, errors, strict=True):
+        assert error.startswith(f"{name}=2: a launcher started several processes")
+        assert "give --coordinator, --num_processes and --process_id" in error
+
+
+def test_processes_of_open_mpi_4_find_each_other(cache):
+    code = (
+        "from blt_jax.dist import multihost; import jax; print(multihost.initialize(), "
+        "multihost.gather(f'process {jax.process_index()} of {jax.process_count()}'))"
+    )
+    uri = "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911"
+    variables = {
+        "OMPI_MCA_orte_hnp_uri": uri,
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "JAX_COORDINATOR_PORT": str(free_port()),  # otherwise of the number of the job
+    }
+    outputs = finish(
+        [
+            python(
+                code,
+                cache,
+                **variables,
+                OMPI_COMM_WORLD_RANK=rank,
+                OMPI_COMM_WORLD_LOCAL_RANK=rank,
+            )
+            for rank in "01"
+        ]
+    )
+    for output in outputs:
+        assert output.splitlines()[-1] == "True ['process 0 of 2', 'process 1 of 2']"
 
 
 def test_other_errors_of_the_start_are_not_hidden(monkeypatch):
