@@ -68,6 +68,11 @@ def peak_flops(device_kind: str) -> float | None:
     return found and found.flops
 
 
+def unknown_device(device_kind: str) -> str:
+    """What stands in place of a utilisation where the peak is not known."""
+    return f"n/a: unknown device {device_kind}"
+
+
 def utilization(flops: float, seconds: float, devices: list) -> float | None:
     """Model FLOPs utilisation of `devices` for `flops` in `seconds`, None if unknown."""
     peak = peak_flops(devices[0].device_kind)
