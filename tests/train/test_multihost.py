@@ -50,22 +50,16 @@ def test_resumed_on_other_numbers_of_processes(cache, whole, tmp_path):
         assert_close(whole, moved)
 
 
-def test_blt_on_two_processes_equals_one(cache, tmp_path):
-    launch(1, cache, "tiny_blt", tmp_path / "one")
-    output = launch(2, cache, "tiny_blt", tmp_path / "two", "--config.blt.data.num_shards=1")
-    assert "devices: 2 x cpu" in output
-    assert_close(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-def test_blt_on_four_processes_and_back(cache, tmp_path):
-    launch(1, cache, "tiny_blt", tmp_path / "one")
-    launch(4, cache, "tiny_blt", tmp_path / "moved")
-    assert_close(tmp_path / "one", tmp_path / "moved")
-    for count, step in ((2, 2), (4, 3), (1, 4)):
-        forget_after(tmp_path / "moved", step)
-        launch(count, cache, "tiny_blt", tmp_path / "moved")
-        assert_close(tmp_path / "one", tmp_path / "moved")
+def test_blt_of_one_process_continues_on_four_and_on_two(cache, tmp_path):
+    one, moved = tmp_path / "one", tmp_path / "moved"
+    launch(1, cache, "tiny_blt", one)
+    shutil.copytree(one, moved)
+    for count, step, mesh in ((4, 2, "--config.mesh.fsdp=2"), (2, 4, "--config.mesh.fsdp=1")):
+        forget_after(moved, step)
+        output = launch(count, cache, "tiny_blt", moved, mesh)
+        assert f"devices: {count} x cpu" in output
+        assert f"continuing from the checkpoint of step {step}" in output
+        assert_close(one, moved)
 
 
 def python(code, cache, **variables):
