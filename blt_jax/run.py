@@ -3,8 +3,8 @@
 Fields of the config are overridden by flags, --config.model.num_layers=4, after --config. The
 same command again continues the run where it stopped. --list shows every run there is.
 
-On several processes the same command is started in each: a TPU pod, SLURM and Open MPI are
-recognised, elsewhere --coordinator=host:port --num_processes=4 --process_id=0 (to 3) say it.
+On several processes the same command is started in each: a TPU pod, SLURM and Open MPI 4
+are recognised, elsewhere --coordinator=host:port --num_processes=4 --process_id=0 (to 3) say it.
 """
 
 import os
@@ -59,13 +59,13 @@ def _terminate(number: int, frame: Any) -> None:
     sys.exit(0)
 
 
-def run(values: flags.FlagValues) -> dict[str, float]:
-    """Runs the parsed config in its workdir and prints its numbers."""
+def run(values: flags.FlagValues, mesh: Any = None) -> dict[str, float]:
+    """Runs the parsed config in its workdir and prints its numbers. mesh: None for its own."""
     import jax
 
     from blt_jax.train import launch
 
-    numbers = launch.run_experiment(values.config, values.workdir)
+    numbers = launch.run_experiment(values.config, values.workdir, mesh)
     if jax.process_index() == 0:
         print(launch.format_numbers(numbers))
         print(f"results, figures and report.html in {values.workdir}", flush=True)
@@ -104,7 +104,7 @@ def _join_cluster(values: flags.FlagValues) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status: 0, also after SIGTERM, 1 for an error of the run, 2
-    for a wrong command line.
+    for a wrong command line or a config that does not fit the devices.
 
     argv: program name and arguments, None for those of this process, which then also joins its
     cluster if there is one and keeps compiled programs for the next run.
@@ -121,15 +121,18 @@ def main(argv: list[str] | None = None) -> int:
             print(list_runs(values.experiments_dir))
             return 0
         _check(values)
+        if is_program:
+            _join_cluster(values)
+        from blt_jax.train.launch import checked_mesh
+
+        mesh = checked_mesh(values.config)
     except (ValueError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if is_program:
-        _join_cluster(values)
-    return _guarded_run(values)
+    return _guarded_run(values, mesh)
 
 
-def _guarded_run(values: flags.FlagValues) -> int:
+def _guarded_run(values: flags.FlagValues, mesh: Any) -> int:
     """`run`; errors that a user can act upon are one line, and the exit status 1."""
     import jax
 
@@ -141,7 +144,7 @@ def _guarded_run(values: flags.FlagValues) -> int:
     alone = jax.process_count() == 1
     former = signal.signal(signal.SIGTERM, _terminate) if alone else None
     try:
-        run(values)
+        run(values, mesh)
     except Preempted as stop:
         if jax.process_index() == 0:
             print(stop, flush=True)

@@ -206,9 +206,9 @@ def test_prefill_and_decode_step(model, inference):
 
 
 def test_the_cache_is_an_input_of_a_decode_step(inference):
-    keys_and_values = 2 * 8 * 4 * 64 * 8 * 2  # rows, heads, slots, width, bfloat16
-    for program, least in (("prefill", 0), ("decode", keys_and_values / 4)):
-        assert inference["llama3", program]["bytes_per_device"]["inputs"] >= least
+    keys_and_values = 2 * 8 * 2 * 64 * 8 * 2  # of 8 rows, 2 heads, 64 slots, width 8, bfloat16
+    inputs = inference["llama3", "decode"]["bytes_per_device"]["inputs"]
+    assert keys_and_values / 4 < inputs < keys_and_values / 4 + 100
 
 
 def test_data_axis_across_slices(tmp_path):

@@ -59,6 +59,13 @@ def test_list_of_a_missing_folder(tmp_path, capsys):
         ("tiny", ["--config.model.width=0"], "TinyConfig.width=0: must be >= 1"),
         ("tiny", ["--config.schedule.decay=cosin"], "--config.schedule.decay=cosin"),
         ("tiny", ["--config.accumulation=3"], "batch_size=8: must be divisible"),
+        ("tiny", ["--config.mesh.tensor=3"], "8 devices cannot be divided by 3"),
+        ("tiny", ["--config.data.batch_size=12"], "batch of 12 rows cannot be divided"),
+        (
+            "tiny",
+            ["--config.mesh.tensor=8", "--config.model.vocab_size=300"],
+            "'vocab' of size 300",
+        ),
         ("tiny", ["--workdri=x"], "workdri"),
         ("tiny", ["left_over"], "unexpected argument 'left_over'"),
     ],

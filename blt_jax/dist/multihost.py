@@ -1,9 +1,13 @@
 """Several processes: joining the cluster, exchanging small texts, parameters on one process."""
 
+import os
 from typing import Any
 
 import jax
 import numpy as np
+
+# How many processes a launcher started, of which this is one: Open MPI, others of MPI, SLURM.
+PROCESS_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 
 
 def initialize(
@@ -11,10 +15,11 @@ def initialize(
 ) -> bool:
     """Joins the cluster this process was started in; returns whether there is one.
 
-    Without arguments jax looks for a TPU pod, SLURM, Open MPI or a Kubernetes job, and a lone
+    Without arguments jax looks for a TPU pod, SLURM, Open MPI 4 or a Kubernetes job, and a lone
     host is not an error. With them (`host:port` of process 0, how many, which one) it does not
     look. To be called before anything touches a device.
-    Raises ValueError if only some arguments are given or the number of the process is too large.
+    Raises ValueError if only some arguments are given, if the number of the process is too large,
+    and if a launcher that jax does not know started several processes.
     """
     if jax.distributed.is_initialized():
         return True
@@ -25,8 +30,20 @@ def initialize(
         # The one way in which jax says that it found no cluster.
         if coordinator is not None or "coordinator_address" not in str(error):
             raise
+        _check_alone()
         return False
     return True
+
+
+def _check_alone() -> None:
+    for name in PROCESS_COUNTS:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise ValueError(
+                f"{name}={count}: a launcher started several processes, but jax found no cluster "
+                "(of MPI it knows Open MPI 4, of SLURM the tasks of srun): give --coordinator, "
+                f"--num_processes and --process_id, or unset {name} for one process alone"
+            )
 
 
 def check_cluster(

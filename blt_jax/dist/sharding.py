@@ -61,14 +61,15 @@ class ShardingRules:
 def constrain(x: jax.Array, names: tuple[str | None, ...], rules: ShardingRules) -> jax.Array:
     """Constrains `x` to the sharding of its logical axis names; nothing outside a mesh.
 
-    Raises ValueError if the names do not fit the rank or a dimension cannot be divided.
+    Raises ValueError as `rules.spec` (also outside a mesh), and if the names do not fit the rank or
+    a dimension cannot be divided.
     """
     if len(names) != x.ndim:
         raise ValueError(f"array of shape {x.shape} has {x.ndim} axes, but names are {names}")
+    spec = rules.spec(names)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    spec = rules.spec(names)
     _check_divisible(x.shape, names, spec, dict(mesh.shape))
     return jax.lax.with_sharding_constraint(x, spec)
 
@@ -85,19 +86,19 @@ def shard_by_names(
     out_names: a tuple of names per result (or a pytree of such). Inside, no array is divided any
     further, collectives name mesh axes (`axes_of`), and kernels may be called. Outside a mesh, and
     inside another such function, it is `function` itself.
-    Raises ValueError if a dimension cannot be divided.
+    Raises ValueError as `rules.spec`, and when called if a dimension cannot be divided.
     """
+    in_specs = tuple(rules.spec(names) for names in in_names)
+    out_specs = jax.tree.map(rules.spec, out_names, is_leaf=_is_names)
 
     @functools.wraps(function)
     def sharded(*arguments):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1 or mesh.manual_axes:
             return function(*arguments)
-        in_specs = tuple(rules.spec(names) for names in in_names)
         for argument, names, spec in zip(arguments, in_names, in_specs, strict=True):
             for x in jax.tree.leaves(argument):
                 _check_divisible(x.shape[: len(names)], names, spec, dict(mesh.shape))
-        out_specs = jax.tree.map(rules.spec, out_names, is_leaf=_is_names)
         # Kernels do not say over which axes their results vary, which the check would ask for.
         return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
             *arguments

@@ -42,7 +42,7 @@ def is_tpu(topology: str) -> bool:
 
 def mesh(topology: str, config: Any, slices: int = 1) -> Any:
     """The mesh of a MeshConfig over a topology: of libtpu's devices, or abstract for "cuda:N" (whose
-    kind is taken to be NVIDIA H100).
+    kind is taken to be NVIDIA H100 80GB HBM3).
 
     Raises ValueError where libtpu does not know the topology or the axes do not multiply to it,
     RuntimeError without libtpu.
@@ -53,7 +53,7 @@ def mesh(topology: str, config: Any, slices: int = 1) -> Any:
 
     if is_tpu(topology):
         return make_mesh(config, _tpu_devices(topology, slices))
-    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     shape = config.shape(int(topology.partition(":")[2]))
     types = (AxisType.Auto,) * len(AXES)
     return AbstractMesh(shape, AXES, axis_types=types, abstract_device=gpu)

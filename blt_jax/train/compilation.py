@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
-from blt_jax.dist.sharding import ShardingRules, param_shardings, sharding_report
+from blt_jax.dist.sharding import ShardingRules, sharding_report
 from blt_jax.layers.model import Model, ModelConfig
 from blt_jax.layers.tpu_attention import splash_flops
 from blt_jax.train import flops as flops_lib
@@ -152,47 +152,6 @@ def train_job(
     )
 
 
-def inference_job(
-    models: tuple[Model, ...],
-    function: Callable,
-    inputs: tuple,
-    mesh: Mesh,
-    *,
-    tokens: int,
-    context: int,
-) -> Job:
-    """`function(*params, *inputs)`, the parameters of every model as they lie in training; batch
-    axes of the inputs (the first of every array) are divided over the axes of `batch`."""
-    params = [placed(state_lib.abstract_params(x), param_shardings(x, mesh)) for x in models]
-    rows = NamedSharding(mesh, models[0].sharding.spec(("batch",)))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    parts = rows.shard_shape((mesh.size,))[0]
-    inputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape,
-            x.dtype,
-            sharding=rows if x.shape and x.shape[0] % (mesh.size // parts) == 0 else everywhere,
-        ),
-        inputs,
-    )
-
-    def size(tree):
-        return bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree))
-
-    return Job(
-        function=function,
-        arguments=(*params, *inputs),
-        out_shardings=None,
-        donated=(),
-        mesh=mesh,
-        sizes={"parameters": size(params), "inputs": size(inputs)},
-        model_flops=sum(x.flops_per_token(context) for x in models) * tokens,
-        tokens=tokens,
-        model=models[0],
-        levers=("a smaller --batch", "a smaller --length", "more devices along fsdp or tensor"),
-    )
-
-
 def stacks_of(model: ModelConfig) -> list[tuple[tuple[str, ...], Any]]:
     """The parts of a model config that have a remat policy, itself included, with their path."""
     parts = [((), model)]
@@ -313,7 +272,7 @@ def advice(job: Job, reason: str) -> str:
     """A message that says what is large and the nearest lever against it."""
     chip = flops_lib.chip(_kind(job.mesh))
     sizes = dict(job.sizes)
-    if job.donated:
+    if "optimizer" in sizes:
         sizes["gradients"] = sizes["parameters"]
     listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in sizes.items() if size)
     if chip and chip.memory and sum(sizes.values()) > 0.6 * chip.memory:

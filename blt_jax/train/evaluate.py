@@ -1,6 +1,7 @@
 """Evaluation from sums over all counted targets: no average of averages, no dropped bytes."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blt_jax.layers.model import LossSums, Model
-from blt_jax.train.step import batch_sharding, put_batch
+from blt_jax.train.step import batch_sharding, process_rows, put_batch, row_parts
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -25,14 +26,6 @@ def _pad_rows(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
         return np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value
 
     return {name: pad(np.asarray(value)) for name, value in batch.items()}
-
-
-def _any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
@@ -66,8 +59,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss, bits per byte, accuracy over all batches (at most `max_batches`, 0 for all).
 
-    batches: of this process; the last may have fewer rows. Returns also the sums `bytes` and
-    `targets`. Raises ValueError if there is no batch or no counted target.
+    batches: whole ones, the same on every process, of any number of rows, but none of more than
+    the first. Returns also the sums `bytes` and `targets`. Raises ValueError if there is no batch
+    or no counted target.
     """
     if mesh is None:
         mesh = jax.sharding.Mesh(
@@ -76,7 +70,7 @@ def evaluate(
         )
     sharding = batch_sharding(mesh, model.sharding)
     totals: dict[str, float] = {}
-    pending, rows, template = None, None, None
+    pending, rows = None, 0
 
     def add(sums: LossSums):
         fetched = jax.device_get(sums)
@@ -87,24 +81,18 @@ def evaluate(
         }.items():
             totals[name] = totals.get(name, 0.0) + float(value)
 
-    iterator, done = iter(batches), 0
-    while not max_batches or done < max_batches:
-        batch = next(iterator, None)
-        if not _any_process(batch is not None):
-            break
-        if batch is None:
-            if template is None:
-                raise ValueError("evaluate: this process has no batch at all, but others have")
-            batch = {name: np.zeros_like(value) for name, value in template.items()}
-        else:
-            model.check_batch(batch)
-        rows = rows or next(iter(batch.values())).shape[0]
-        template = batch = _pad_rows(batch, rows)
+    for batch in itertools.islice(batches, max_batches or None):
+        model.check_batch(batch)
+        if not rows:  # those of every device
+            parts = row_parts(sharding)
+            rows = -(-next(iter(batch.values())).shape[0] // parts) * parts
+            own = np.asarray(process_rows(rows, sharding))
+        batch = {name: value[own] for name, value in _pad_rows(batch, rows).items()}
         with jax.set_mesh(mesh):
             sums = _sums(model, params, put_batch(batch, 1, sharding))
         if pending is not None:
             add(pending)
-        pending, done = sums, done + 1
+        pending = sums
     if pending is None:
         raise ValueError("evaluate: there is no batch (an empty data set?)")
     add(pending)

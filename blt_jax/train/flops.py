@@ -23,7 +23,8 @@ class Chip:
     network: float = 0.0
 
 
-# v2 and v3: one of two cores of a chip; V100 and T4: float16. Matched by the longest prefix.
+# By the whole name that jax gives a device: those of other cards, and of slices of a card (MIG),
+# begin alike. v2 and v3: one of two cores of a chip; V100 and T4: float16.
 CHIPS = {
     "TPU v2": Chip(22.5e12, 8e9, 350e9),
     "TPU v3": Chip(61.5e12, 16e9, 450e9),
@@ -34,29 +35,42 @@ CHIPS = {
     "TPU v5p": Chip(459e12, 95e9, 2765e9, 600e9),
     "TPU v6 lite": Chip(918e12, 32e9, 1640e9, 448e9),
     "TPU v6e": Chip(918e12, 32e9, 1640e9, 448e9),
-    "NVIDIA A100": Chip(312e12, 40e9, 1555e9, 600e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9, 1555e9, 600e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 600e9),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 40e9, 1555e9),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 80e9, 1935e9),
     "NVIDIA A10G": Chip(70e12, 24e9, 600e9),
     "NVIDIA B200": Chip(2250e12, 180e9, 8000e9, 1800e9),
-    "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 900e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 900e9),
+    "NVIDIA H100 NVL": Chip(835e12, 94e9, 3900e9, 600e9),
     "NVIDIA H100 PCIe": Chip(756e12, 80e9, 2000e9, 600e9),
     "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 900e9),
+    "NVIDIA H200 NVL": Chip(835e12, 141e9, 4800e9, 900e9),
     "NVIDIA L4": Chip(121e12, 24e9, 300e9),
+    "NVIDIA L40": Chip(181e12, 48e9, 864e9),
     "NVIDIA L40S": Chip(362e12, 48e9, 864e9),
     "Tesla T4": Chip(65e12, 16e9, 320e9),
-    "Tesla V100": Chip(125e12, 16e9, 900e9, 300e9),
+    "Tesla V100-PCIE-16GB": Chip(112e12, 16e9, 900e9),
+    "Tesla V100-PCIE-32GB": Chip(112e12, 32e9, 900e9),
+    "Tesla V100-SXM2-16GB": Chip(125e12, 16e9, 900e9, 300e9),
+    "Tesla V100-SXM2-32GB": Chip(125e12, 32e9, 900e9, 300e9),
 }
 
 
 def chip(device_kind: str) -> Chip | None:
     """The entry of a device of this kind, None if the kind is not in the table."""
-    fitting = [name for name in CHIPS if device_kind.lower().startswith(name.lower())]
-    return CHIPS[max(fitting, key=len)] if fitting else None
+    return CHIPS.get(device_kind)
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak FLOPs per second of a device of this kind, None if the kind is not in the table."""
     found = chip(device_kind)
     return found and found.flops
+
+
+def unknown_device(device_kind: str) -> str:
+    """What stands in place of a utilisation where the peak is not known."""
+    return f"n/a: unknown device {device_kind}"
 
 
 def utilization(flops: float, seconds: float, devices: list) -> float | None:

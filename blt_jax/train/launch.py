@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from blt_jax.dist.mesh import make_mesh
 from blt_jax.train import configs
 from blt_jax.train.loop import LoggingConfig
-from blt_jax.train.pretraining import Experiment, make_context, trainings
+from blt_jax.train.pretraining import Experiment, Pretraining, make_context, trainings
 from blt_jax.train.workdir import claim_workdir, locked_workdir
 
 
@@ -112,20 +112,21 @@ def set_profile(config: Any, steps: str) -> None:
     match = re.fullmatch(r"(\d+):(\d+)", steps)
     if not match or int(match[1]) >= int(match[2]):
         raise ValueError(f"--profile_steps={steps}: must be first:last+1, as 10:13")
-    for logging in _logging_configs(config):
+    for logging in _parts(config, LoggingConfig):
         logging.profile_start = int(match[1])
         logging.profile_steps = int(match[2]) - int(match[1])
 
 
-def _logging_configs(config: Any) -> Iterator[LoggingConfig]:
-    if isinstance(config, LoggingConfig):
+def _parts(config: Any, kind: type) -> Iterator[Any]:
+    """Every config of this class in a config tree."""
+    if isinstance(config, kind):
         yield config
-    elif isinstance(config, tuple):
+    if isinstance(config, tuple):
         for item in config:
-            yield from _logging_configs(item)
+            yield from _parts(item, kind)
     elif dataclasses.is_dataclass(config):
         for field in dataclasses.fields(config):
-            yield from _logging_configs(getattr(config, field.name))
+            yield from _parts(getattr(config, field.name), kind)
 
 
 def use_compile_cache() -> str:
@@ -143,26 +144,39 @@ def use_compile_cache() -> str:
     return jax.config.jax_compilation_cache_dir or ""
 
 
-def run_experiment(
-    experiment: Experiment, workdir: str | pathlib.Path, mesh: Mesh | None = None
-) -> dict[str, float]:
-    """Runs a validated config in `workdir`: numbers, results.json and report.html.
+def checked_mesh(experiment: Experiment, mesh: Mesh | None = None) -> Mesh:
+    """The given mesh or, for None, the one of the config over all devices.
 
-    Raises WorkdirError if the workdir holds another configuration or another job runs in it.
+    Raises ValueError for a config that is not valid, and where the rows or parameters of one of
+    its trainings cannot be divided over the mesh.
     """
     configs.validate(experiment)
     if not isinstance(experiment, Experiment):
         raise TypeError(f"a run's config must be an Experiment, not {type(experiment).__name__}")
+    mesh = make_mesh(experiment.mesh) if mesh is None else mesh
+    for training in _parts(experiment, Pretraining):
+        training.check_mesh(mesh)
+    return mesh
+
+
+def run_experiment(
+    experiment: Experiment, workdir: str | pathlib.Path, mesh: Mesh | None = None
+) -> dict[str, float]:
+    """Runs a config in `workdir`: numbers, results.json and report.html.
+
+    Raises ValueError as `checked_mesh`, WorkdirError if the workdir holds another configuration or
+    another job runs in it.
+    """
+    mesh = checked_mesh(experiment, mesh)
     with locked_workdir(workdir):
         return _run(experiment, pathlib.Path(workdir), mesh)
 
 
-def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> dict[str, float]:
+def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh) -> dict[str, float]:
     from blt_jax.train.report import write_report
 
     started = time.perf_counter()
     claim_workdir(workdir, experiment)
-    mesh = make_mesh(experiment.mesh) if mesh is None else mesh
     context = make_context(workdir, mesh, jax.random.key(experiment.seed))
     context.claimed = True
     try:

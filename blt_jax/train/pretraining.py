@@ -18,7 +18,7 @@ from blt_jax.data.packing import Patcher, statistics_from_state
 from blt_jax.data.tokenizers import Tokenizer
 from blt_jax.dist.mesh import MeshConfig
 from blt_jax.dist.multihost import text_of_first
-from blt_jax.dist.sharding import ShardingRules
+from blt_jax.dist.sharding import ShardingRules, param_shardings
 from blt_jax.layers.model import Model, ModelConfig
 from blt_jax.train import state as state_lib
 from blt_jax.train.checkpoint import CheckpointingConfig, Checkpoints
@@ -29,7 +29,13 @@ from blt_jax.train.loop import LoggingConfig, LoopResult, Stage, train
 from blt_jax.train.memory import check_memory
 from blt_jax.train.optimizer import Decay, OptimizerConfig, Schedule, make_optimizer
 from blt_jax.train.state import AveragingConfig, TrainState
-from blt_jax.train.step import batch_sharding, make_train_step, parameter_table, process_rows
+from blt_jax.train.step import (
+    batch_sharding,
+    check_rows,
+    make_train_step,
+    parameter_table,
+    process_rows,
+)
 from blt_jax.train.workdir import claim_workdir
 from blt_jax.train.writers import Writer
 
@@ -223,6 +229,13 @@ class Pretraining(Experiment):
         last = self.total_steps - self.all_phases[-1].steps
         return dataclasses.replace(self.averaging, start=last)
 
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises ValueError where rows or parameters of a phase cannot be divided over the mesh."""
+        rows = batch_sharding(mesh, self.sharding)
+        for phase in self.all_phases:
+            check_rows(self.phase_data(phase).batch_size, self.phase_accumulation(phase), rows)
+            param_shardings((phase.model or self.model).build(self.sharding), mesh)
+
     def learning_rate(self, step: jax.Array | int) -> jax.Array:
         """Learning rate of step `step` (from 0), over all phases; float32 scalar."""
         step = jnp.asarray(step, jnp.int32)
@@ -264,7 +277,7 @@ class Pretraining(Experiment):
 
         patcher: start mask of a tokenized document, for models of patches. params: where to
         start instead of a random initialisation. batches: makes the data stream of a config and
-        the rows of each batch that this process holds, in place of `blt_jax.data.loader`.
+        the rows of each batch that this process reads, in place of `blt_jax.data.loader`.
         build: makes the module of a model config, in place of
         its own `build`.
         Raises ValueError if the workdir holds another configuration, MemoryError if the run
@@ -337,7 +350,8 @@ class _Fitting:
             print(line, flush=True)
 
     def open_training_batches(self, data: DataConfig, model: Model) -> "_CountedBatches":
-        self.training_batches = _CountedBatches(iter(self.open_batches(data)), model)
+        rows = process_rows(data.batch_size, self.batch_sharding)
+        self.training_batches = _CountedBatches(iter(self.open_batches(data, rows)), model)
         return self.training_batches
 
     def packing_numbers(self) -> dict[str, float]:
@@ -353,8 +367,7 @@ class _Fitting:
         self.say("packing: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
         return numbers
 
-    def open_batches(self, data: DataConfig) -> Iterable:
-        rows = process_rows(data.batch_size, self.batch_sharding)
+    def open_batches(self, data: DataConfig, rows: Sequence[int]) -> Iterable:
         if self.batches is not None:
             return self.batches(data, rows)
         return loader(data, tokenizer=self.tokenizer, patcher=self.patcher, rows=rows)
@@ -370,7 +383,7 @@ class _Fitting:
             found = evaluate(
                 model,
                 params,
-                self.open_batches(data),
+                self.open_batches(data, range(data.batch_size)),
                 mesh=self.context.mesh,
                 max_batches=config.evaluation.batches,
             )

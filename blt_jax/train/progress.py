@@ -18,7 +18,7 @@ def format_utilization(mfu: float | None, device: jax.Device) -> str:
     if mfu is not None:
         return f"{100 * mfu:.0f}%"
     if flops.peak_flops(device.device_kind) is None:
-        return f"n/a: unknown device {device.device_kind}"
+        return flops.unknown_device(device.device_kind)
     return "n/a: the model gives no FLOPs"
 
 

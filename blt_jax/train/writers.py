@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from blt_jax.train import configs
+from blt_jax.train import configs, flops
 
 PACKAGES = ("blt-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -164,10 +164,13 @@ def provenance() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     devices = jax.devices()
+    kind = devices[0].device_kind
     return {
         "commit": git_commit(),
         "versions": versions,
-        "device": devices[0].device_kind,
+        "device": kind,
+        # Without it the numbers have no `mfu`.
+        "peak_flops": flops.peak_flops(kind) or flops.unknown_device(kind),
         "platform": devices[0].platform,
         "device_count": len(devices),
         "process_count": jax.process_count(),

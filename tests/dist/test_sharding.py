@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 
 import jax
@@ -14,6 +15,8 @@ from blt_jax.dist.sharding import (
     logical_axes,
     param_shapes,
     param_shardings,
+    shard_by_names,
+    sharding_report,
 )
 from blt_jax.models import llama3
 
@@ -53,6 +56,21 @@ def test_constrain_outside_a_mesh_does_nothing():
     assert constrain(x, ("batch", "embed_act"), RULES) is x
     with pytest.raises(ValueError, match=r"shape \(3, 5\) has 2 axes, but names are"):
         constrain(x, ("batch",), RULES)
+
+
+@pytest.mark.parametrize("devices", [0, 1], ids=["outside a mesh", "on one device"])
+def test_wrong_names_are_errors_where_nothing_is_divided(devices):
+    x = jnp.ones((3, 5))
+    one = make_mesh(devices=jax.devices()[:devices]) if devices else None
+    with jax.set_mesh(one) if one else contextlib.nullcontext():
+        with pytest.raises(ValueError, match="logical axis 'nonsense'"):
+            constrain(x, ("nonsense", "batch"), RULES)
+        with pytest.raises(ValueError, match="used twice"):
+            constrain(x, ("heads_act", "mlp_act"), RULES)
+        for names in ([("nonsense", None)], ("batch",)), ([("batch",)], ("nonsense",)):
+            with pytest.raises(ValueError, match="logical axis 'nonsense'"):
+                shard_by_names(jnp.sin, *names, RULES)
+        assert constrain(x, ("batch", "embed_act"), RULES) is x
 
 
 def test_constrain_on_a_mesh(mesh):
@@ -95,6 +113,25 @@ def test_logical_axes_cover_every_axis(mesh, model):
         assert len(names) == leaf.ndim and None not in names
     with jax.set_mesh(mesh):
         assert jax.tree.leaves(logical_axes(model), is_leaf=is_names) == flat
+
+
+def test_report_of_where_parameters_lie(mesh, model):
+    rows = {row["name"]: row for row in sharding_report(model, mesh)}
+    params = init_params(model, jax.random.key(0), mesh)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    assert list(rows) == ["/".join(key.key for key in path) for path, _ in paths]
+    assert rows["embed/table"]["logical"] == ["vocab", "embed"]
+    assert rows["embed/table"]["physical"] == [["tensor"], ["fsdp"]]
+    key = rows["transformer/layers/attention/key"]
+    assert key["logical"] == ["layers", "embed", "kv_heads", "head_dim"]
+    assert key["physical"] == [[], ["fsdp"], ["tensor"], []]
+    assert rows["norm/weight"]["physical"] == [[]]
+    for row, (_, leaf) in zip(rows.values(), paths, strict=True):
+        assert row["shape"] == list(leaf.shape)
+        assert row["bytes_per_device"] == leaf.addressable_shards[0].data.nbytes
+    both = model.config.build(ShardingRules(embed=("data", "fsdp")))
+    (table,) = [row for row in sharding_report(both, mesh) if row["name"] == "embed/table"]
+    assert table["physical"] == [["tensor"], ["data", "fsdp"]]
 
 
 def test_indivisible_parameter(mesh):

@@ -12,6 +12,7 @@ from blt_jax.dist.mesh import MeshConfig, make_mesh
 from blt_jax.dist.sharding import init_params, logical_axes
 from blt_jax.layers.transformer import PositionEncoding, Remat, Softmax
 from blt_jax.models import llama3
+from tests.models.gradients import assert_leaves_close
 
 PLAIN = llama3.small(
     vocab_size=50, num_layers=2, d_model=24, num_heads=4, num_kv_heads=2, mlp_dim=32
@@ -191,12 +192,7 @@ def test_sharded_equals_one_device(name, mesh):
         shardings = jax.tree.map(lambda x: x.sharding, init_params(model, jax.random.key(0), mesh))
         value_2, gradients_2 = loss_and_gradients(model, jax.device_put(params, shardings), rows)
     np.testing.assert_allclose(value, value_2, rtol=1e-5)
-    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale),
-        gradients,
-        gradients_2,
-    )
+    assert_leaves_close(gradients_2, gradients)
 
 
 def test_parameters_and_their_axes():

@@ -234,6 +234,7 @@ def test_files(tmp_path, name):
     import torch
     from megalodon_jax import convert
     from safetensors.torch import load_file, save_file
+
     (model, params), peer = model_of(name), peer_of(name)
     model, params, peer = pair(name)
     save_megalodon(model, params, tmp_path / "ours")

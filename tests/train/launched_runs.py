@@ -12,7 +12,7 @@ import signal
 import jax
 import numpy as np
 
-from blt_jax.data.loader import DataConfig, loader
+from blt_jax.data.loader import DataConfig, evaluation_config, loader
 from blt_jax.data.sources import SourceConfig
 from blt_jax.layers.transformer import TransformerConfig
 from blt_jax.models import blt
@@ -68,12 +68,14 @@ class Faulty(Pretraining):
 
 
 def tiny() -> Pretraining:
-    """Forty steps of the tests' model, a checkpoint at every fifth."""
+    """Forty steps of the tests' model, a checkpoint at every fifth; two rows are evaluated, fewer
+    than there are devices."""
+    data = tiny_experiment().data
     return Faulty(
         model=TinyConfig(noise=0.01),
-        data=tiny_experiment().data,
+        data=data,
         steps=40,
-        evaluation=EvaluationConfig(batches=1),
+        evaluation=EvaluationConfig(data=evaluation_config(data, batch_size=2), batches=3),
         checkpointing=CheckpointingConfig(every=5, keep=3),
         logging=LoggingConfig(every=1, tensorboard=False),
     )

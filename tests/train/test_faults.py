@@ -216,18 +216,38 @@ def test_second_job_in_a_workdir_is_refused(cache, whole, tmp_path):
     assert lines(tmp_path) == lines(whole)
 
 
+def without_override():
+    """Takes the process the right to write where permissions forbid it, which the superuser has."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
 def test_read_only_workdir(cache, tmp_path):
-    def without_override():  # of permissions, which the superuser has
-        import ctypes
-
-        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
-
     folder = tmp_path / "read_only"
     folder.mkdir(mode=0o555)
     process = start(cache, "tiny", folder, preexec_fn=without_override)
     (output,) = finish([process], status=1)
     assert f"error: workdir {folder} cannot be used: [Errno 13] Permission denied" in output
     assert "Traceback" not in output
+
+
+def test_read_only_checkpoints_in_a_writable_workdir(cache, whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    forget_after(workdir, 30)
+    folder = workdir / "checkpoints"
+    folder.chmod(0o555)
+    try:
+        process = start(cache, "tiny", workdir, preexec_fn=without_override)
+        (output,) = finish([process], status=1)
+    finally:
+        folder.chmod(0o755)
+    assert steps_continued([output]) == [30]
+    last = output.splitlines()[-1]
+    assert re.match(f"error: a checkpoint could not be written to {folder}: .*Permission", last)
+    assert "Traceback" not in output
+    assert finished_checkpoint(workdir) == 30
 
 
 def test_nan_at_a_step(cache, whole, tmp_path):

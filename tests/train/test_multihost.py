@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blt_jax.dist import multihost
-from tests.train.launched import ROOT, environment, forget_after, launch, lines
+from tests.train.launched import ROOT, environment, finish, forget_after, free_port, launch, lines
 
 KEEP = "--config.checkpointing.keep=9"
 
@@ -50,35 +50,81 @@ def test_resumed_on_other_numbers_of_processes(cache, whole, tmp_path):
         assert_close(whole, moved)
 
 
-def test_blt_on_two_processes_equals_one(cache, tmp_path):
-    launch(1, cache, "tiny_blt", tmp_path / "one")
-    output = launch(2, cache, "tiny_blt", tmp_path / "two", "--config.blt.data.num_shards=1")
-    assert "devices: 2 x cpu" in output
-    assert_close(tmp_path / "one", tmp_path / "two")
+def test_blt_of_one_process_continues_on_four_and_on_two(cache, tmp_path):
+    one, moved = tmp_path / "one", tmp_path / "moved"
+    launch(1, cache, "tiny_blt", one)
+    shutil.copytree(one, moved)
+    for count, step, mesh in ((4, 2, "--config.mesh.fsdp=2"), (2, 4, "--config.mesh.fsdp=1")):
+        forget_after(moved, step)
+        output = launch(count, cache, "tiny_blt", moved, mesh)
+        assert f"devices: {count} x cpu" in output
+        assert f"continuing from the checkpoint of step {step}" in output
+        assert_close(one, moved)
 
 
-@pytest.mark.slow
-def test_blt_on_four_processes_and_back(cache, tmp_path):
-    launch(1, cache, "tiny_blt", tmp_path / "one")
-    launch(4, cache, "tiny_blt", tmp_path / "moved")
-    assert_close(tmp_path / "one", tmp_path / "moved")
-    for count, step in ((2, 2), (4, 3), (1, 4)):
-        forget_after(tmp_path / "moved", step)
-        launch(count, cache, "tiny_blt", tmp_path / "moved")
-        assert_close(tmp_path / "one", tmp_path / "moved")
-
-
-def test_a_lone_host_is_not_an_error(cache):
-    code = "from blt_jax.dist import multihost; print(multihost.initialize())"
-    output = subprocess.run(
+def python(code, cache, **variables):
+    """A process that runs the code, told of no cluster but by the variables."""
+    unset = dict.fromkeys(multihost.PROCESS_COUNTS)
+    return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment(cache),
-        capture_output=True,
+        env=environment(cache, **(unset | variables)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
     )
-    assert output.stdout.strip() == "False", output.stderr
+
+
+ALONE = """
+import os
+from blt_jax.dist import multihost
+print(multihost.initialize())
+os.environ["PMI_SIZE"] = "1"
+print(multihost.initialize())
+for name in multihost.PROCESS_COUNTS:  # as Open MPI 5, other MPI, and SLURM without srun set them
+    os.environ[name] = "2"
+    try:
+        print(multihost.initialize())
+    except ValueError as error:
+        print(error)
+    del os.environ[name]
+"""
+
+
+def test_a_lone_host_is_not_an_error_but_a_process_of_an_unknown_cluster_is(cache):
+    (output,) = finish([python(ALONE, cache)])
+    first, second, *errors = output.splitlines()
+    assert (first, second) == ("False", "False")
+    for name, error in zip(multihost.PROCESS_COUNTS, errors, strict=True):
+        assert error.startswith(f"{name}=2: a launcher started several processes")
+        assert "give --coordinator, --num_processes and --process_id" in error
+
+
+def test_processes_of_open_mpi_4_find_each_other(cache):
+    code = (
+        "from blt_jax.dist import multihost; import jax; print(multihost.initialize(), "
+        "multihost.gather(f'process {jax.process_index()} of {jax.process_count()}'))"
+    )
+    uri = "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911"
+    variables = {
+        "OMPI_MCA_orte_hnp_uri": uri,
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "JAX_COORDINATOR_PORT": str(free_port()),  # otherwise of the number of the job
+    }
+    outputs = finish(
+        [
+            python(
+                code,
+                cache,
+                **variables,
+                OMPI_COMM_WORLD_RANK=rank,
+                OMPI_COMM_WORLD_LOCAL_RANK=rank,
+            )
+            for rank in "01"
+        ]
+    )
+    for output in outputs:
+        assert output.splitlines()[-1] == "True ['process 0 of 2', 'process 1 of 2']"
 
 
 def test_other_errors_of_the_start_are_not_hidden(monkeypatch):

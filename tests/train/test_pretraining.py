@@ -16,7 +16,7 @@ import pytest
 
 from blt_jax.data.loader import DataConfig, loader
 from blt_jax.dist.mesh import MeshConfig, make_mesh
-from blt_jax.dist.sharding import init_params
+from blt_jax.dist.sharding import init_params, param_shardings
 from blt_jax.train import configs, pretraining
 from blt_jax.train.checkpoint import CheckpointError, Checkpoints, load_params
 from blt_jax.train.evaluate import evaluate
@@ -120,7 +120,8 @@ def test_batches_are_made_of_the_rows_of_this_process(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretraining, "process_rows", lambda size, _: range(size // 2, size))
     fit(tmp_path, tiny_experiment(steps=1, evaluation=EvaluationConfig(batches=1)), batches=batches)
-    assert asked == [[4, 5, 6, 7]] * 2
+    # Evaluation pads its rows to those of all devices, so every process reads them all.
+    assert asked == [[4, 5, 6, 7], list(range(8))]
 
 
 def phased(**changes):
@@ -345,6 +346,14 @@ def test_evaluation_is_from_sums_over_all_rows():
     assert evaluate(model, params, split, max_batches=1)["targets"] < whole["targets"]
     with pytest.raises(ValueError, match="no batch"):
         evaluate(model, params, [])
+    # Fewer rows than devices, and some batches with none for most of them.
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    placed = jax.device_put(params, param_shardings(model, mesh))
+    for batches in ([batch], split):
+        divided = evaluate(model, placed, batches, mesh=mesh)
+        assert divided["targets"] == whole["targets"] and divided["bytes"] == whole["bytes"]
+        for name, value in whole.items():
+            np.testing.assert_allclose(divided[name], value, rtol=1e-5)
 
 
 def test_what_a_run_leaves(tmp_path):
@@ -367,7 +376,8 @@ def test_what_a_run_leaves(tmp_path):
     assert results["numbers"]["bits_per_byte"] == numbers["bits_per_byte"]
     assert results["config"]["model.width"] == "16"
     assert results["versions"]["jax"] == jax.__version__
-    assert results["device"] == "cpu"
+    assert results["device"] == "cpu" and "mfu" not in results["numbers"]
+    assert results["peak_flops"] == "n/a: unknown device cpu"
     assert results["wall_time_seconds"] > 0
     assert "commit" in results
     names = {path.name.split(".")[0] for path in (tmp_path / "part").iterdir()}
