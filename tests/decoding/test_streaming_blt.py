@@ -12,6 +12,7 @@ from blt_jax.decoding.decoder import Decoder
 from blt_jax.decoding.streaming_blt import StreamingBLTDecoder
 from blt_jax.decoding.streaming_llm import Rotation, dense, sinks, window
 from blt_jax.models.blt_patching import PatcherConfig, PatcherKind
+from tests.decoding import streams
 from tests.models.test_blt_decode import documents, incremental, make, small, stack
 
 STRIDED = PatcherConfig(kind=PatcherKind.STRIDED, stride=3)
@@ -52,6 +53,55 @@ def test_sinks_change_nothing_before_a_patch_is_evicted():
     # From then on it is neither the dense model nor the one with that window.
     for other in (logits(), logits(window=4)):
         assert np.abs(found[:, 20:] - other[:, 20:]).max() > 0.1
+
+
+def recorded(decoder, seen):
+    """The decoder, which notes (row, patches read before, input, output) of its latent steps."""
+
+    def note(active, *arrays):
+        chosen = np.asarray(active)
+        seen.extend(zip(*(np.asarray(x)[chosen] for x in arrays), strict=True))
+
+    def latent_step(stack, layers, x, cache, active, rows):
+        out, after = decoder.blt.latent_step(stack, layers, x, cache, active, rows)
+        every = jnp.arange(x.shape[0], dtype=jnp.int32) if rows is None else rows
+        read = jnp.take(cache.read, every, mode="clip")
+        jax.debug.callback(note, active, every, read, x, out)
+        return out, after
+
+    return decoder.replace(blt=decoder.blt.replace(latent_step=latent_step))
+
+
+def test_the_latent_transformer_of_a_stream_equals_the_loop():
+    """With weights so large that every patch in the cache matters; rows close patches at different
+    times. The first patch is read by the full pass, so the loop starts with its key and value."""
+    blt = plain()
+    layers = blt.params["latent_transformer"]["layers"]
+    layers = layers | {"attention": jax.tree.map(lambda x: 3 * x, layers["attention"])}
+    blt = blt.replace(params=blt.params | {"latent_transformer": {"layers": layers}})
+    decoder, seen = StreamingBLTDecoder.create(blt, sinks(2, 3)), []
+    cache = jax.jit(StreamingBLTDecoder._first_byte)(decoder.prepare(), TOKENS[:, :1])[1].latent
+    assert cache.lengths.tolist() == [1, 1]
+    jax.block_until_ready(incremental(recorded(decoder, seen), TOKENS, LENGTHS))
+    jax.effects_barrier()
+    for row in (0, 1):
+        patches = sorted((note for note in seen if note[0] == row), key=lambda note: note[1])
+        assert [int(note[1]) for note in patches] == list(range(1, 14))
+        inputs, found = (np.stack([note[part] for note in patches]) for part in (2, 3))
+
+        def loop(num_sinks, window, row=row, inputs=inputs):
+            first = [
+                [(0, *(np.asarray(x[0][row, :, 0], np.float64) for x in (layer.key, layer.value)))]
+                for layer in cache.layers
+            ]
+            stack = blt.config.latent
+            return streams.stream_blocks(stack, layers, inputs, num_sinks, window, caches=first)
+
+        expected = loop(2, 3)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        # Without one of the sinks, without the oldest recent patch, or with one more it is not so.
+        for other in (loop(1, 4), loop(2, 2), loop(2, 4)):
+            assert np.abs(expected[5:] - other[5:]).max() > 0.3
 
 
 def test_a_prompt_after_a_prompt():
