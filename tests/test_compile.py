@@ -224,6 +224,15 @@ def test_data_axis_across_slices(tmp_path):
     assert "between slices are not in it" in numbers["estimate"]["note"]
 
 
+def test_rows_of_a_llama_on_two_devices(tmp_path):
+    """The reach of its attention depends on the device: loops without a known length."""
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
+    (numbers,), _ = reports(tmp_path, (SMOKE, "--topology=v5e:2x2", *mesh))
+    assert numbers["mesh"]["context"] == 2 and not numbers["flops"]["exact"]
+    assert "loops whose length depends on data are counted once" in numbers["estimate"]["note"]
+    assert any("context" in row["axes"] for row in numbers["collectives"])
+
+
 def test_moving_average_of_a_row_on_two_devices(tmp_path):
     """A train step of Megalodon with the TPU kernel inside the context axis."""
     line = ("--config=experiments/megalodon.py:smoke", "--topology=v5e:2x2")

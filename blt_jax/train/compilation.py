@@ -331,6 +331,8 @@ def report(job: Job, topology: str) -> dict[str, Any]:
     time_of = estimate(job, work_of(job, program, counted))
     if far := sum(row.sent for row in collectives if row.between_slices):
         time_of["note"] += f"; {far / 1e9:.3g} GB per device between slices are not in it"
+    if not program.counts_all_loops():
+        time_of["note"] += "; loops whose length depends on data are counted once"
     return numbers | {
         "collectives": [dataclasses.asdict(row) for row in collectives],
         "estimate": time_of,

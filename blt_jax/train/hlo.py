@@ -105,11 +105,12 @@ class Program:
             yield name, times, fused
             for instruction in self.computations[name].values():
                 trips = self.trip_count(instruction) if instruction.opcode == "while" else 1
+                trips = trips or 1
                 inside = fused or instruction.opcode == "fusion"
                 waiting += [(called, times * trips, inside) for called in instruction.called]
 
-    def trip_count(self, loop: Instruction) -> int:
-        """Runs of a while loop that counts from 0 to a constant; ValueError for another."""
+    def trip_count(self, loop: Instruction) -> int | None:
+        """Runs of a while loop that counts from 0 to a constant; None where they depend on data."""
         condition = re.search(r"condition=%([\w.\-]+)", loop.rest).group(1)
         body = self.computations[condition].values()
         numbers = [
@@ -117,9 +118,17 @@ class Program:
             for x in body
             if x.opcode == "constant" and (match := re.match(r"(\d+)\)", x.rest))
         ]
-        if len(numbers) != 1:
-            raise ValueError(f"while loop {loop.name}: its trip count is not a constant")
-        return numbers[0]
+        return numbers[0] if len(numbers) == 1 else None
+
+    def counts_all_loops(self) -> bool:
+        """Whether every loop has a known length; the others are counted as if they ran once."""
+        loops = (
+            x
+            for name, _, _ in self.executed()
+            for x in self.computations[name].values()
+            if x.opcode == "while"
+        )
+        return all(self.trip_count(x) is not None for x in loops)
 
     def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
         """Collectives of a step, equal ones together, largest traffic first."""

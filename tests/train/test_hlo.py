@@ -72,8 +72,14 @@ def test_unknown_texts():
         group_axes("replica_groups=somehow", MESH)
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("nothing")
-    with pytest.raises(ValueError, match="trip count"):
-        Program(TEXT.replace("s32[] constant(5)", "s32[] parameter(1)")).collectives(MESH)
+
+
+def test_loops_whose_length_depends_on_data_are_counted_once():
+    known = Program(TEXT)
+    unknown = Program(TEXT.replace("s32[] constant(5)", "s32[] parameter(1)"))
+    assert known.counts_all_loops() and not unknown.counts_all_loops()
+    counts = [{x.kind: x.count for x in program.collectives(MESH)} for program in (known, unknown)]
+    assert max(counts[0].values()) == 5 * max(counts[1].values())
 
 
 def test_bytes_of_types():
