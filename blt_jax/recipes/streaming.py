@@ -2,6 +2,9 @@
 
 `StreamingPerplexity` trains on text; `Backcopy` on a task in which attention sinks form within
 minutes; `StreamEval` asks for values named some lines before (arXiv 2309.17453, section 4).
+
+Not here: StreamEval's lines as text and the streamed questions of ARC, which only say something of
+released models, whose weights nobody can fetch in a test.
 """
 
 import dataclasses
