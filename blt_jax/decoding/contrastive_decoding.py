@@ -278,7 +278,8 @@ class ContrastiveDecoder:
             expert, expert_cache = self.expert.extend(tokens, lengths, cache.expert)
         with jax.named_scope("amateur"):
             amateur, amateur_cache = self.amateur.extend(tokens, lengths, cache.amateur)
-        return self._combine(expert, amateur), ContrastiveCache(expert_cache, amateur_cache)
+        logits = self._combine(expert, amateur, beams=1)
+        return logits, ContrastiveCache(expert_cache, amateur_cache)
 
     def _amateur_prompts(self, tokens, lengths):
         if self.amateur_prompt is not None:
