@@ -153,9 +153,9 @@ def test_trained_run_to_hugging_face(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--input=a", "--output=b"], 2, "give --from=hf or --from=meta"),
-        (["--from=hf", "--to=hf", "--input=a", "--output=b"], 2, "give --from=hf"),
-        (["--from=gguf", "--input=a", "--output=b"], 2, "should be one of <hf|meta>"),
+        (["--input=a", "--output=b"], 2, "give one of --from=hf|meta|megalodon and"),
+        (["--from=hf", "--to=hf", "--input=a", "--output=b"], 2, "give one of --from="),
+        (["--from=gguf", "--input=a", "--output=b"], 2, "should be one of <hf|meta|megalodon>"),
         (["--from=hf", "--output=b"], 2, "--input=<folder> is missing"),
         (["--from=hf", "--input=a"], 2, "--output=<folder> is missing"),
         (["--from=meta", "--input=a", "--output=b", "--window=3"], 2, "--window: only"),
