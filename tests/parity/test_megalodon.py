@@ -236,7 +236,6 @@ def test_files(tmp_path, name):
     from safetensors.torch import load_file, save_file
 
     (model, params), peer = model_of(name), peer_of(name)
-    model, params, peer = pair(name)
     save_megalodon(model, params, tmp_path / "ours")
     state = load_file(tmp_path / "ours" / "model.safetensors")
     with its_settings():
