@@ -165,15 +165,14 @@ def _guarded_run(values: flags.FlagValues, mesh: Any) -> int:
 
 
 def _program() -> int:
-    """`main`; a process of several that fails ends at once, or the others would wait for it."""
+    """`main`; a process that fails ends at once: other processes of the run would wait for it, and
+    so would it for the threads of a save that failed, which print after its error."""
     try:
         status = main()
     except Exception:
         traceback.print_exc()
         status = 1
-    import jax
-
-    if status and jax.distributed.is_initialized():
+    if status:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
