@@ -246,7 +246,6 @@ def test_read_only_checkpoints_in_a_writable_workdir(cache, whole, tmp_path):
     assert steps_continued([output]) == [30]
     last = output.splitlines()[-1]
     assert re.match(f"error: a checkpoint could not be written to {folder}: .*Permission", last)
-    assert "Traceback" not in output
     assert finished_checkpoint(workdir) == 30
 
 
