@@ -105,7 +105,7 @@ class Program:
             yield name, times, fused
             for instruction in self.computations[name].values():
                 trips = self.trip_count(instruction) if instruction.opcode == "while" else 1
-                trips = trips or 1
+                trips = 1 if trips is None else trips
                 inside = fused or instruction.opcode == "fusion"
                 waiting += [(called, times * trips, inside) for called in instruction.called]
 

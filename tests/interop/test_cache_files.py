@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blt_jax.decoding.contrastive_decoding import ContrastiveDecoder
 from blt_jax.decoding.decoder import token_decoder
+from blt_jax.decoding.streaming_decoder import streaming_decoder
+from blt_jax.decoding.streaming_llm import Positions, Rotation, sinks
 from blt_jax.interop.cache_files import load_cache, save_cache
 from blt_jax.layers.model import Precision
 from tests.interop import small
@@ -52,3 +55,20 @@ def test_caches_of_other_decoders(tmp_path):
         load_cache(tmp_path / "broken", decoder)
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_cache(tmp_path / "nowhere", decoder)
+
+
+def test_caches_of_other_policies(tmp_path):
+    """Of the same shapes: only what is kept of a row differs."""
+    model, params = small.llama()
+    options = ({}, {"rotation": Rotation.TWO_PHASE}, {"positions": Positions.ORIGINAL})
+    decoder, *others = (streaming_decoder(model, params, sinks(2, 4, **kw)) for kw in options)
+    cache = decoder.new_cache(3)
+    save_cache(tmp_path / "cache", decoder, cache)
+    again = load_cache(tmp_path / "cache", decoder)
+    assert jax.tree.structure(again) == jax.tree.structure(cache)
+    for other in others:
+        with pytest.raises(ValueError, match=r"cache of another decoder, .*num_sinks=2"):
+            load_cache(tmp_path / "cache", other)
+    pair = ContrastiveDecoder.create(decoder, decoder)
+    with pytest.raises(TypeError, match="ContrastiveDecoder: must be a decoder of one model"):
+        save_cache(tmp_path / "pair", pair, cache)
