@@ -59,6 +59,15 @@ def by_platform(
     return lax.platform_dependent(*args, default=xla, **forms)
 
 
+def gathered(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays whole on every device where a mesh partitions automatically: collectives inside
+    of loops over data, which devices reach in different orders, can wait for each other for ever.
+    """
+    if not _automatically_partitioned():
+        return arrays
+    return lax.with_sharding_constraint(arrays, jax.sharding.PartitionSpec())
+
+
 def _automatically_partitioned() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(mesh.manual_axes)

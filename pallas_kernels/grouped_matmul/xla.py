@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
 from pallas_kernels.grouped_matmul.reference import accumulator
 from pallas_kernels.grouped_matmul.sequential import one_by_one
@@ -54,7 +55,7 @@ def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> 
         rows = _Rows(metadata, GMM_COSTS)
         return rows.over_tiles(multiply_tile, rows.from_block(multiply_block))
 
-    return one_by_one(product)(lhs, rhs, metadata)
+    return one_by_one(product)(*dispatch.gathered(lhs, rhs), metadata)
 
 
 def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
@@ -71,7 +72,7 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
         rows = _Rows(metadata, TGMM_COSTS)
         return rows.over_tiles(multiply_tile, rows.from_block(multiply_block)).astype(out_dtype)
 
-    return one_by_one(product)(lhs, dout, metadata)
+    return one_by_one(product)(*dispatch.gathered(lhs, dout), metadata)
 
 
 def _multiply(rows, weight, transpose: bool) -> jax.Array:
