@@ -1,10 +1,13 @@
 """The choice among the implementations of an operation."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.extend
 from jax import lax
+from jax.interpreters import batching, mlir
 
 Form = TypeVar("Form")
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "interpret")
@@ -56,7 +59,72 @@ def by_platform(
     forms = {platform: form for platform, form in forms.items() if form is not None}
     if not forms or _automatically_partitioned():
         return xla(*args)
-    return lax.platform_dependent(*args, default=xla, **forms)
+    leaves, tree = jax.tree.flatten(args)
+
+    def flat(form, *leaves):
+        return form(*jax.tree.unflatten(tree, leaves))
+
+    portable, out = jax.make_jaxpr(functools.partial(flat, xla), return_shape=True)(*leaves)
+    forms = tuple((platform, functools.partial(flat, form)) for platform, form in forms.items())
+    outputs = _by_platform_p.bind(*leaves, portable=portable, forms=forms)
+    return jax.tree.unflatten(jax.tree.structure(out), outputs)
+
+
+_by_platform_p = jax.extend.core.Primitive("by_platform")
+"""`lax.platform_dependent`, but for what is traced: the portable form always, a device's form when
+a program is made for that device. Tracing a kernel takes as long as tracing some model layers.
+
+portable: a jaxpr; forms: pairs (platform, function of the flat arguments)."""
+_by_platform_p.multiple_results = True
+
+
+def _form_for(platform: str | None, portable, forms) -> Callable[..., list[jax.Array]]:
+    form = dict(forms).get(platform)
+    if form is None:
+        return jax.extend.core.jaxpr_as_fun(portable)
+    return lambda *leaves: jax.tree.leaves(form(*leaves))
+
+
+def device_jaxprs(portable, forms) -> list[jax.extend.core.ClosedJaxpr]:
+    """The device forms of an equation `by_platform`, given its parameters, traced now."""
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in portable.in_avals]
+    return [jax.make_jaxpr(form)(*shapes) for _, form in forms]
+
+
+def _evaluate(*leaves, portable, forms):
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    return _form_for(platform, portable, forms)(*leaves)
+
+
+def _shapes(*_, portable, forms):
+    del forms
+    return portable.out_avals
+
+
+def _batch(leaves, axes, *, portable, forms):
+    axes = tuple(None if axis is batching.not_mapped else axis for axis in axes)
+    portable = jax.extend.core.jaxpr_as_fun(portable)
+    forms = {platform: jax.vmap(form, axes) for platform, form in forms}
+    outputs = by_platform(
+        *leaves, xla=jax.vmap(portable, axes), tpu=forms.get("tpu"), gpu=forms.get("cuda")
+    )
+    outputs = jax.tree.leaves(outputs)
+    return outputs, (0,) * len(outputs)
+
+
+def _lower(ctx, *leaves, portable, forms, platform=None):
+    lower = mlir.lower_fun(_form_for(platform, portable, forms), multiple_results=True)
+    return lower(ctx, *leaves)
+
+
+_by_platform_p.def_impl(_evaluate)
+_by_platform_p.def_abstract_eval(_shapes)
+batching.primitive_batchers[_by_platform_p] = _batch
+mlir.register_lowering(_by_platform_p, _lower)
+for _platform in ("tpu", "cuda"):
+    mlir.register_lowering(
+        _by_platform_p, functools.partial(_lower, platform=_platform), platform=_platform
+    )
 
 
 def gathered(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -271,6 +271,7 @@ def scan_blocks(
         out_axes=0,
         length=length,
         unroll=1 if config.scan_layers else length,
+        check_constancy_invariants=False,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 

@@ -563,6 +563,7 @@ def run_blocks(
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=config.num_layers,
         unroll=1 if config.scan_layers else config.num_layers,
+        check_constancy_invariants=False,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return stack(config, sharding, name="layers")(x, layers, keys, rope, documents, lengths)

@@ -1,12 +1,16 @@
 """The portable fast form: chunks of tokens as batched matrix products, one matrix per channel.
 
 Within a chunk of C tokens the recurrence is a lower triangular Toeplitz matrix; between chunks only
-the state is carried. A loop walks over blocks of some chunks, so that the arrays with channels
+the state is carried. A loop walks over spans of some chunks, so that the arrays with channels
 first, which the matrix products want, stay small enough for a cache and are never as long as the
-sequence. The backward pass keeps the states at block starts and recomputes the rest of a block.
+sequence. The backward pass keeps the states at segment starts and computes the rest of a span
+again; both passes take the same spans, so that their common kernels are compiled once.
 
 Resets divide a chunk into pieces. Pieces must not see each other, and the matrix product is taken
 once per piece of the chunk with most pieces, over the tokens of that piece alone.
+
+Axes: M chunks of all rows, K chunks of one row, C tokens of a chunk, S = 2N: real parts, then
+imaginary ones. Inside, a state is one array [D, B, 2, N].
 """
 
 import functools
@@ -17,33 +21,60 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.cema_scan import reference
-from pallas_kernels.cema_scan.reference import Coefficients, Complex, multiply
+from pallas_kernels.cema_scan.reference import Coefficients, Complex
 
 CHUNK = 32
-BLOCK_CHUNKS = 8
-"""Chunks of all rows together that a block of the forward pass has at least."""
 
 SEGMENT = 256
 """Tokens between the states that are kept for the backward pass; a multiple of CHUNK."""
 
-BACKWARD_CHANNELS = 1024
-"""Rows times channels times segments that the backward pass takes at once: it adds to gradients as
-large as the tables each time, which for few channels costs more than a larger working set."""
+BLOCK_CHANNELS = 8192
+"""Rows times channels times chunks that the forward pass takes at once."""
 
-MAX_BACKWARD_SEGMENTS = 4
+SPAN_CHANNELS = 1024
+"""Rows times channels times segments that are taken at once: the backward pass adds to gradients
+as large as the tables each time, which for few channels costs more than a larger working set."""
+
+MAX_SPAN_SEGMENTS = 4
 
 
 class Tables(NamedTuple):
     """What one chunk does: matrices per channel, for row vectors from the left.
 
-    output[D, C + 2N, C] takes the chunk's tokens and the state before it (re then im) to its
-    outputs, input[D, C, 2N] its tokens to the state after it, decay the state across it.
+    output[D, C + S, C] takes the chunk's tokens and the state before it to its outputs,
+    input[D, C, S] its tokens to the state after it, decay[D, 2, N] the state across it.
     """
 
     output: jax.Array
     input: jax.Array
-    decay_re: jax.Array
-    decay_im: jax.Array
+    decay: jax.Array
+
+
+class Chunks(NamedTuple):
+    """The tokens of a span and its pieces.
+
+    x[D, M, C]; piece[M, C] counts the resets of the chunk up to and with each token; or None,
+    without resets.
+    """
+
+    x: jax.Array
+    piece: jax.Array | None
+
+    def first(self, x_DMC: jax.Array) -> jax.Array:
+        """x_DMC, 0 beyond the first piece: what the state before the chunk reaches."""
+        if self.piece is None:
+            return x_DMC
+        return jnp.where((self.piece == 0)[None], x_DMC, 0.0)
+
+    def last(self, x_DMC: jax.Array) -> jax.Array:
+        """x_DMC, 0 before the last piece: what reaches the state after the chunk."""
+        if self.piece is None:
+            return x_DMC
+        return jnp.where((self.piece == self.piece[:, -1:])[None], x_DMC, 0.0)
+
+    def kept(self, rows: int) -> jax.Array | None:
+        """Whether the state crosses a chunk: [K, B]."""
+        return None if self.piece is None else (self.piece[:, -1] == 0).reshape(rows, -1).T
 
 
 def forward(
@@ -54,118 +85,123 @@ def forward(
     *,
     keep: bool,
 ) -> tuple[jax.Array, Complex, jax.Array | None]:
-    """Outputs, final state, and with `keep` the states [B, segments, 2N, D] before each segment."""
-    length = x_BTD.shape[1]
-    whole = length // SEGMENT
+    """Outputs, final state, and with `keep` the states [B, segments, S, D] before each segment."""
+    rows, length, width = x_BTD.shape
     tables = _tables(coefficients, length)
-    state = _channels_first(state_BDN)
     num_kept = -(-length // SEGMENT) if keep else 0
-    states = tuple(jnp.zeros((num_kept, *part.shape), part.dtype) for part in state)
-    y_BTD = jnp.zeros_like(x_BTD)
 
-    def body(i, carry):
-        y_BTD, state, states = carry
-        if keep:
-            states = _put_each(states, state, i)
-        for start, size in _steps(x_BTD.shape[0], SEGMENT):
-            start = i * SEGMENT + start
-            y, state = _block(*_cut((x_BTD, reset_BT), start, size), tables, state)
-            y_BTD = lax.dynamic_update_slice_in_dim(y_BTD, y, start, 1)
-        return y_BTD, state, states
+    def outputs(start, size, carry):
+        y_BTD, state, kept = carry
+        most = _power_of_two(BLOCK_CHANNELS // (rows * width)) * CHUNK
+        for offset in range(0, size, most):
+            chunks = _chunks(x_BTD, reset_BT, start + offset, min(most, size - offset), state.dtype)
+            before, state = _states(chunks, tables, state)
+            if keep and offset % SEGMENT == 0:
+                at_starts = before[:: SEGMENT // CHUNK]
+                kept = _put(kept, at_starts, (start + offset) // SEGMENT, axis=0)
+            y = _tokens_first(_outputs(chunks, tables, before), y_BTD)
+            y_BTD = _put(y_BTD, y, start + offset)
+        return y_BTD, state, kept
 
-    if whole:
-        y_BTD, state, states = lax.fori_loop(0, whole, body, (y_BTD, state, states))
-    if length % SEGMENT:
-        if keep:
-            states = _put_each(states, state, whole)
-        rest = _cut((x_BTD, reset_BT), whole * SEGMENT, length % SEGMENT)
-        y, state = _segment(*rest, tables, coefficients, state)
-        y_BTD = lax.dynamic_update_slice_in_dim(y_BTD, y, whole * SEGMENT, 1)
-    kept = jnp.concatenate(states, 3).transpose(2, 0, 3, 1) if keep else None
-    return y_BTD, _channels_first(state), kept
+    state = _stacked(state_BDN)
+    kept = jnp.zeros((num_kept, *state.shape), state.dtype)
+    y_BTD, state, kept = _walk(outputs, (jnp.zeros_like(x_BTD), state, kept), rows, length, width)
+    if tail := length % CHUNK:
+        start = length - tail
+        if keep and start % SEGMENT == 0:
+            kept = _put(kept, state[None], start // SEGMENT, axis=0)
+        x, reset = _cut(x_BTD, start, tail), _cut(reset_BT, start, tail)
+        y, state_BDN = reference.cema_scan(x, coefficients, _pair(state), reset)
+        y_BTD, state = _put(y_BTD, y, start), _stacked(state_BDN)
+    kept = kept.reshape(num_kept, width, rows, -1).transpose(2, 0, 3, 1) if keep else None
+    return y_BTD, _pair(state), kept
 
 
 def backward(
     x_BTD: jax.Array,
     coefficients: Coefficients,
     reset_BT: jax.Array | None,
-    states: jax.Array,
+    kept: jax.Array,
     dy_BTD: jax.Array,
     d_state_BDN: Complex,
 ) -> tuple[jax.Array, Coefficients, Complex]:
     """The gradients of x, the coefficients and the first state."""
     rows, length, width = x_BTD.shape
-    segments = min(max(BACKWARD_CHANNELS // (rows * width), 1), MAX_BACKWARD_SEGMENTS)
-    span = segments * SEGMENT
-    whole = length // span
     tables, tables_pullback = jax.vjp(functools.partial(_tables, length=length), coefficients)
-    d_state = _channels_first(d_state_BDN)
-    d_tables, d_coefficients = jax.tree.map(jnp.zeros_like, (tables, coefficients))
-    states_DBN = states.transpose(1, 3, 0, 2)  # segments first
-    size = coefficients.decay_re.shape[1]
+    kept = kept.transpose(1, 3, 0, 2).reshape(kept.shape[1], width, rows, 2, -1)
 
-    def gradients(i, length, d_state):
-        """Those of span i, of the given length."""
-        x, reset = _cut((x_BTD, reset_BT), i * span, length)
-        (dy,) = _cut((dy_BTD,), i * span, length)
-        before = lax.dynamic_index_in_dim(states_DBN, i * segments, keepdims=False)
-        before = before[..., :size], before[..., size:]
-        segment = lambda x, *others: _segment(x, reset, *others)  # noqa: E731
-        _, pullback = jax.vjp(segment, x, tables, coefficients, before)
-        return pullback((dy, d_state))
+    def states(start, size):
+        chunks = _chunks(x_BTD, reset_BT, start, size, kept.dtype)
+        state = lax.dynamic_index_in_dim(kept, start // SEGMENT, keepdims=False)
+        return chunks, *_states(chunks, tables, state)
 
-    def body(step, carry):
+    def gradients(start, size, carry):
         dx_BTD, d_tables, d_state = carry
-        i = whole - 1 - step
-        dx, d_more, _, d_state = gradients(i, span, d_state)
-        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, i * span, 1)
+        chunks, before, _ = states(start, size)
+        dy_DMC = _channels_first(_cut(dy_BTD, start, size), kept.dtype)
+        dx, d_more, d_state = _gradients(chunks, tables, before, dy_DMC, d_state)
+        dx_BTD = _put(dx_BTD, _tokens_first(dx, dx_BTD), start)
         return dx_BTD, jax.tree.map(jnp.add, d_tables, d_more), d_state
 
-    dx_BTD = jnp.zeros_like(x_BTD)
-    if length % span:
-        dx, d_tables, d_coefficients, d_state = gradients(whole, length % span, d_state)
-        dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx, whole * span, 1)
-    if whole:
-        dx_BTD, d_tables, d_state = lax.fori_loop(0, whole, body, (dx_BTD, d_tables, d_state))
+    dx_BTD, d_state = jnp.zeros_like(x_BTD), _stacked(d_state_BDN)
+    d_coefficients, d_tables = jax.tree.map(jnp.zeros_like, (coefficients, tables))
+    if tail := length % CHUNK:
+        start = length - tail
+        segment = start // SEGMENT * SEGMENT
+        state = states(segment, start - segment)[-1] if start > segment else kept[-1]
+        x, reset = _cut(x_BTD, start, tail), _cut(reset_BT, start, tail)
+        scan = functools.partial(reference.cema_scan, reset_BT=reset)
+        _, pullback = jax.vjp(scan, x, coefficients, _pair(state))
+        dx, d_coefficients, d_state_BDN = pullback((_cut(dy_BTD, start, tail), d_state_BDN))
+        dx_BTD, d_state = _put(dx_BTD, dx, start), _stacked(d_state_BDN)
+    carry = dx_BTD, d_tables, d_state
+    dx_BTD, d_tables, d_state = _walk(gradients, carry, rows, length, width, reverse=True)
     (d_more,) = tables_pullback(d_tables)
-    return dx_BTD, jax.tree.map(jnp.add, d_coefficients, d_more), _channels_first(d_state)
+    return dx_BTD, jax.tree.map(jnp.add, d_coefficients, d_more), _pair(d_state)
 
 
-def _channels_first(state: Complex) -> Complex:
-    """[B, D, N] to [D, B, N] and back."""
-    return tuple(part.swapaxes(0, 1) for part in state)
+def _walk(step, carry, rows: int, length: int, width: int, reverse: bool = False):
+    """carry = step(start, size, carry) over the spans that hold all whole chunks of a row."""
+    segments = min(_power_of_two(SPAN_CHANNELS // (rows * width)), MAX_SPAN_SEGMENTS)
+    size = segments * SEGMENT
+    spans, rest = length // size, length % size // CHUNK * CHUNK
+
+    def body(i, carry):
+        return step((spans - 1 - i if reverse else i) * size, size, carry)
+
+    if rest and reverse:
+        carry = step(spans * size, rest, carry)
+    if spans:
+        carry = lax.fori_loop(0, spans, body, carry)
+    if rest and not reverse:
+        carry = step(spans * size, rest, carry)
+    return carry
 
 
-def _put_each(all_states, state, i):
-    put = lax.dynamic_update_index_in_dim
-    return tuple(put(a, part, i, 0) for a, part in zip(all_states, state, strict=True))
+def _power_of_two(most: int) -> int:
+    """The largest that is at most `most`, and at least 1."""
+    return 1 << max(most.bit_length() - 1, 0)
 
 
-def _cut(arrays, start, size):
-    cut = lax.dynamic_slice_in_dim
-    return [None if x is None else cut(x, start, size, 1) for x in arrays]
+def _cut(x: jax.Array | None, start, size: int) -> jax.Array | None:
+    return None if x is None else lax.dynamic_slice_in_dim(x, start, size, 1)
 
 
-def _steps(rows: int, length: int):
-    """(start, size) of blocks of whole chunks that cover `length` tokens, itself whole chunks."""
-    size = max(BLOCK_CHUNKS // rows, 1) * CHUNK
-    return [(start, min(size, length - start)) for start in range(0, length, size)]
+def _put(x: jax.Array, part: jax.Array, start, axis: int = 1) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, part, start, axis)
 
 
-def _segment(x_BTD, reset_BT, tables, coefficients, state):
-    """Outputs and state after any number of tokens; those beyond whole chunks go one by one."""
-    length = x_BTD.shape[1]
-    whole = length // CHUNK * CHUNK
-    parts = []
-    if whole:
-        y, state = _block(*_cut((x_BTD, reset_BT), 0, whole), tables, state)
-        parts.append(y)
-    if whole < length:
-        x, reset = _cut((x_BTD, reset_BT), whole, length - whole)
-        y, state = reference.cema_scan(x, coefficients, _channels_first(state), reset)
-        state = _channels_first(state)
-        parts.append(y)
-    return (parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)), state
+def _stacked(state_BDN: Complex) -> jax.Array:
+    """A state as one array [D, B, 2, N]."""
+    return jnp.stack(state_BDN, 2).swapaxes(0, 1)
+
+
+def _pair(state: jax.Array) -> Complex:
+    """It as a pair [B, D, N] again."""
+    return state[:, :, 0].swapaxes(0, 1), state[:, :, 1].swapaxes(0, 1)
+
+
+# Tables
 
 
 def _tables(coefficients: Coefficients, length: int) -> Tables | None:
@@ -174,20 +210,50 @@ def _tables(coefficients: Coefficients, length: int) -> Tables | None:
 
 def make_tables(coefficients: Coefficients) -> Tables:
     """The tables of a chunk of CHUNK tokens."""
-    decay = coefficients.decay_re, coefficients.decay_im
-    output = coefficients.output_re[None], coefficients.output_im[None]
-    one = jnp.ones_like(decay[0]), jnp.zeros_like(decay[0])
-    across, powers = lax.scan(lambda power, _: (multiply(power, decay), power), one, length=CHUNK)
-    k_CDN = coefficients.input_coeff[None] * multiply(output, powers)[0]
-    input_C = [coefficients.input_coeff[None] * part[::-1] for part in powers]
-    next_powers = (jnp.concatenate([p[1:], a[None]]) for p, a in zip(powers, across, strict=True))
-    re_CDN, im_CDN = multiply(output, tuple(next_powers))
-    state_DNC = jnp.concatenate([re_CDN, -im_CDN], 2).transpose(1, 2, 0)
+    decay = jnp.stack([coefficients.decay_re, coefficients.decay_im], 1)
+    output = jnp.stack([coefficients.output_re, coefficients.output_im], 1)
+    width, _, size = decay.shape
+    powers_CD2N = powers(decay, CHUNK + 1)
+    after_CD2N = times(output[None], powers_CD2N)
+    weights_CD = (coefficients.input_coeff[None] * after_CD2N[:CHUNK, :, 0]).sum(2)
+    state_CDS = conjugate(after_CD2N[1:]).reshape(CHUNK, width, 2 * size)
+    input_CD2N = coefficients.input_coeff[None, :, None] * powers_CD2N[CHUNK - 1 :: -1]
     return Tables(
-        jnp.concatenate([_toeplitz(k_CDN.sum(2).T), state_DNC], 1),
-        jnp.concatenate(input_C, 2).transpose(1, 0, 2),
-        *across,
+        jnp.concatenate([_toeplitz(weights_CD.T), state_CDS.transpose(1, 2, 0)], 1),
+        input_CD2N.reshape(CHUNK, width, 2 * size).swapaxes(0, 1),
+        powers_CD2N[CHUNK],
     )
+
+
+def conjugate(x: jax.Array) -> jax.Array:
+    """That of complex arrays [..., 2, N]."""
+    return x * jnp.array([1.0, -1.0], x.dtype).reshape((1,) * (x.ndim - 2) + (2, 1))
+
+
+def times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product of complex arrays [..., 2, N] of equal rank."""
+    return a[..., :1, :] * b - conjugate(a[..., 1:, :] * b[..., ::-1, :])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def powers(decay: jax.Array, count: int) -> jax.Array:
+    """The powers 0 .. count - 1 of decay[D, 2, N]: [count, D, 2, N]."""
+    re, im = jnp.ones_like(decay[:, :1]), jnp.zeros_like(decay[:, :1])
+    step = lambda power, _: (times(decay, power), power)  # noqa: E731
+    return lax.scan(step, jnp.concatenate([re, im], 1), length=count)[1]
+
+
+def _powers_forward(decay, count):
+    result = powers(decay, count)
+    return result, result
+
+
+def _powers_backward(count, result, d_result):
+    exponents = jnp.arange(1, count, dtype=result.dtype)[:, None, None, None]
+    return (times(conjugate(exponents * result[:-1]), d_result[1:]).sum(0),)
+
+
+powers.defvjp(_powers_forward, _powers_backward)
 
 
 def _toeplitz(k_DC: jax.Array) -> jax.Array:
@@ -201,89 +267,113 @@ def _toeplitz(k_DC: jax.Array) -> jax.Array:
     return skewed[:, :, :size]
 
 
-def _pieces(reset_BT: jax.Array) -> jax.Array:
-    """How many resets lie in a chunk up to and with each token: [M, C]."""
-    return jnp.cumsum(reset_BT.reshape(-1, CHUNK), axis=1, dtype=jnp.int32)
+# One span
 
 
-# One block: M = rows times chunks, a chunk of row b at b * (chunks per row) + k.
+def _chunks(x_BTD, reset_BT, start, size: int, dtype) -> Chunks:
+    """The tokens of a span: chunk k of row b at b * K + k."""
+    x_DMC = _channels_first(_cut(x_BTD, start, size), dtype)
+    if reset_BT is None:
+        return Chunks(x_DMC, None)
+    reset_MC = _cut(reset_BT, start, size).reshape(-1, CHUNK)
+    return Chunks(x_DMC, jnp.cumsum(reset_MC, axis=1, dtype=jnp.int32))
+
+
+def _channels_first(x_BTD: jax.Array, dtype) -> jax.Array:
+    width = x_BTD.shape[2]
+    return x_BTD.astype(dtype).reshape(-1, width).T.reshape(width, -1, CHUNK)
+
+
+def _tokens_first(x_DMC: jax.Array, like_BTD: jax.Array) -> jax.Array:
+    rows, _, width = like_BTD.shape
+    return x_DMC.reshape(width, -1).T.reshape(rows, -1, width).astype(like_BTD.dtype)
 
 
 def _product(equation: str, *arrays: jax.Array) -> jax.Array:
     return jnp.einsum(equation, *arrays, precision="highest")
 
 
-def _block(x_BTD, reset_BT, tables, state_DBN):
-    """Outputs and the state after a block of whole chunks."""
-    rows, length, width = x_BTD.shape
-    dtype = tables.output.dtype
-    x_DMC = x_BTD.astype(dtype).reshape(rows * length, width).T.reshape(width, -1, CHUNK)
-    if reset_BT is None:
-        kept_M, x_first, x_last = None, x_DMC, x_DMC
-    else:
-        piece_MC = _pieces(reset_BT)
-        kept_M = piece_MC[:, -1] == 0
-        first_1MC = (piece_MC == 0)[None]
-        x_first = jnp.where(first_1MC, x_DMC, 0.0)
-        x_last = jnp.where((piece_MC == piece_MC[:, -1:])[None], x_DMC, 0.0)
-    added_DMN = _product("dmj,djn->dmn", x_last, tables.input)
-    before_DMN, state_DBN = _carry(added_DMN, tables, state_DBN, kept_M)
-    y_DMC = _product("dmj,dji->dmi", jnp.concatenate([x_first, before_DMN], 2), tables.output)
-    if reset_BT is not None:
-        later_DMC = _later_pieces(x_DMC, tables.output[:, :CHUNK], piece_MC)
-        y_DMC = jnp.where(first_1MC, y_DMC, later_DMC)
-    y_BTD = y_DMC.reshape(width, rows * length).T.reshape(x_BTD.shape)
-    return y_BTD.astype(x_BTD.dtype), state_DBN
-
-
-def _carry(added_DMN, tables, state_DBN, kept_M):
-    """The states (re then im) before every chunk, and the state after the last."""
-    width, rows, size = state_DBN[0].shape
-    added = added_DMN.reshape(width, rows, -1, 2 * size).transpose(2, 0, 1, 3)
-    kept = None if kept_M is None else kept_M.reshape(rows, -1).T
-    decay = tables.decay_re[:, None], tables.decay_im[:, None]
+def _states(chunks: Chunks, tables: Tables, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The states before every chunk [K, D, B, 2, N], and the one after the last."""
+    added_DMS = _product("dmj,djs->dms", chunks.last(chunks.x), tables.input)
+    decay = tables.decay[:, None]
 
     def step(state, inputs):
-        added_DBN, kept_B = inputs
-        re, im = multiply(decay, state)
-        if kept_B is not None:
-            re, im = (jnp.where(kept_B[None, :, None], part, 0.0) for part in (re, im))
-        after = re + added_DBN[..., :size], im + added_DBN[..., size:]
-        return after, jnp.concatenate(state, 2)
+        added, kept_B = inputs
+        return _where_kept(kept_B, times(decay, state)) + added, state
 
-    state_DBN, before = lax.scan(step, state_DBN, (added, kept))
-    return before.transpose(1, 2, 0, 3).reshape(width, -1, 2 * size), state_DBN
+    inputs = _chunks_leading(added_DMS, state), chunks.kept(state.shape[1])
+    state, before = lax.scan(step, state, inputs)
+    return before, state
 
 
-@jax.custom_vjp
-def _later_pieces(x_DMC, within_DCC, piece_MC):
-    """The outputs of every piece but a chunk's first from the tokens of that piece."""
+def _where_kept(kept_B: jax.Array | None, state: jax.Array) -> jax.Array:
+    return state if kept_B is None else jnp.where(kept_B[None, :, None, None], state, 0.0)
+
+
+def _chunks_leading(x_DMS: jax.Array, state: jax.Array) -> jax.Array:
+    width, rows, _, size = state.shape
+    return x_DMS.reshape(width, rows, -1, 2, size).transpose(2, 0, 1, 3, 4)
+
+
+def _channels_leading(states: jax.Array) -> jax.Array:
+    """[K, D, B, 2, N] to [D, M, S]."""
+    chunks, width, rows, _, size = states.shape
+    return states.transpose(1, 2, 0, 3, 4).reshape(width, rows * chunks, 2 * size)
+
+
+def _outputs(chunks: Chunks, tables: Tables, before: jax.Array) -> jax.Array:
+    seen = jnp.concatenate([chunks.first(chunks.x), _channels_leading(before)], 2)
+    y_DMC = _product("dmj,dji->dmi", seen, tables.output)
+    if chunks.piece is None:
+        return y_DMC
 
     def add(piece, y_DMC):
-        own_1MC = (piece_MC == piece)[None]
-        product = _product("dmj,dji->dmi", jnp.where(own_1MC, x_DMC, 0.0), within_DCC)
-        return jnp.where(own_1MC, product, y_DMC)
+        own_1MC = (chunks.piece == piece)[None]
+        x_own = jnp.where(own_1MC, chunks.x, 0.0)
+        return jnp.where(own_1MC, _product("dmj,dji->dmi", x_own, within), y_DMC)
 
-    return lax.fori_loop(1, piece_MC.max() + 1, add, jnp.zeros_like(x_DMC))
-
-
-def _later_pieces_forward(x_DMC, within_DCC, piece_MC):
-    return _later_pieces(x_DMC, within_DCC, piece_MC), (x_DMC, within_DCC, piece_MC)
+    within = tables.output[:, :CHUNK]
+    return lax.fori_loop(1, chunks.piece.max() + 1, add, y_DMC)
 
 
-def _later_pieces_backward(residuals, dy_DMC):
-    x_DMC, within_DCC, piece_MC = residuals
+def _gradients(
+    chunks: Chunks, tables: Tables, before: jax.Array, dy_DMC: jax.Array, d_state: jax.Array
+) -> tuple[jax.Array, Tables, jax.Array]:
+    """Those of the tokens [D, M, C], the tables and the state before a span."""
+    seen = jnp.concatenate([chunks.first(chunks.x), _channels_leading(before)], 2)
+    dy_first = chunks.first(dy_DMC)
+    d_seen = _product("dmi,dji->dmj", dy_first, tables.output)
+    d_output = _product("dmj,dmi->dji", seen, dy_first)
+
+    conjugate_decay = conjugate(tables.decay)[:, None]
+
+    def step(d_after, inputs):
+        d_before, kept_B = inputs
+        return d_before + _where_kept(kept_B, times(conjugate_decay, d_after)), d_after
+
+    inputs = _chunks_leading(d_seen[..., CHUNK:], d_state), chunks.kept(d_state.shape[1])
+    d_state, d_after = lax.scan(step, d_state, inputs, reverse=True)
+    d_added = _channels_leading(d_after)
+    crossing = seen[..., CHUNK:]
+    if chunks.piece is not None:
+        crossing = jnp.where((chunks.piece[:, -1:] == 0)[None], crossing, 0.0)
+    complex_ = lambda x: x.reshape(*x.shape[:2], *d_state.shape[2:])  # noqa: E731
+    d_decay = times(conjugate(complex_(crossing)), complex_(d_added)).sum(1)
+    d_input = _product("dmj,dms->djs", chunks.last(chunks.x), d_added)
+    dx_DMC = chunks.first(d_seen[..., :CHUNK])
+    dx_DMC += chunks.last(_product("dms,djs->dmj", d_added, tables.input))
+    if chunks.piece is None:
+        return dx_DMC, Tables(d_output, d_input, d_decay), d_state
 
     def add(piece, carry):
-        dx_DMC, d_within = carry
-        own_1MC = (piece_MC == piece)[None]
-        x_own, dy_own = (jnp.where(own_1MC, part, 0.0) for part in (x_DMC, dy_DMC))
-        dx_own = _product("dmi,dji->dmj", dy_own, within_DCC)
-        d_within += _product("dmj,dmi->dji", x_own, dy_own)
-        return jnp.where(own_1MC, dx_own, dx_DMC), d_within
+        dx_DMC, d_output = carry
+        own_1MC = (chunks.piece == piece)[None]
+        x_own, dy_own = (jnp.where(own_1MC, part, 0.0) for part in (chunks.x, dy_DMC))
+        dx_own = _product("dmi,dji->dmj", dy_own, within)
+        d_within = _product("dmj,dmi->dji", x_own, dy_own)
+        return jnp.where(own_1MC, dx_own, 0.0) + dx_DMC, d_output.at[:, :CHUNK].add(d_within)
 
-    zeros = jnp.zeros_like(x_DMC), jnp.zeros_like(within_DCC)
-    return *lax.fori_loop(1, piece_MC.max() + 1, add, zeros), None
-
-
-_later_pieces.defvjp(_later_pieces_forward, _later_pieces_backward)
+    within = tables.output[:, :CHUNK]
+    dx_DMC, d_output = lax.fori_loop(1, chunks.piece.max() + 1, add, (dx_DMC, d_output))
+    return dx_DMC, Tables(d_output, d_input, d_decay), d_state
