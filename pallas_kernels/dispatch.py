@@ -85,12 +85,6 @@ def _form_for(platform: str | None, portable, forms) -> Callable[..., list[jax.A
     return lambda *leaves: jax.tree.leaves(form(*leaves))
 
 
-def device_jaxprs(portable, forms) -> list[jax.extend.core.ClosedJaxpr]:
-    """The device forms of an equation `by_platform`, given its parameters, traced now."""
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in portable.in_avals]
-    return [jax.make_jaxpr(form)(*shapes) for _, form in forms]
-
-
 def _evaluate(*leaves, portable, forms):
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     return _form_for(platform, portable, forms)(*leaves)
@@ -102,7 +96,6 @@ def _shapes(*_, portable, forms):
 
 
 def _batch(leaves, axes, *, portable, forms):
-    axes = tuple(None if axis is batching.not_mapped else axis for axis in axes)
     portable = jax.extend.core.jaxpr_as_fun(portable)
     forms = {platform: jax.vmap(form, axes) for platform, form in forms}
     outputs = by_platform(

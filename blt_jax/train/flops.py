@@ -132,21 +132,27 @@ def _inner(params) -> list:
     return found
 
 
-def _branches(eqn, count: Callable) -> list[float]:
-    """FLOPs of the branches of a cond; those made for another platform may have none."""
+def _device_forms(eqn) -> list:
+    """The jaxprs of the device forms of an operation of `pallas_kernels`, traced here."""
+    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars]
+    return [jax.make_jaxpr(form)(*shapes).jaxpr for _, form in eqn.params["forms"]]
+
+
+def _largest(bodies: list, by_platform: bool, count: Callable) -> float:
+    """FLOPs of the largest of some branches; by platform: of those that can be counted."""
     found, errors = [], []
-    for body in _inner(eqn.params):
+    for body in bodies:
         try:
             found.append(count(body))
         except ValueError as error:
             errors.append(error)
-    by_platform = eqn.params.get("branches_platforms") is not None
     if errors and not (by_platform and found):
         raise errors[0]
-    return found
+    return max(found, default=0.0)
 
 
 def _count(jaxpr, while_trips: int | None, kernel_flops: Callable | None) -> float:
+    count = functools.partial(_count, while_trips=while_trips, kernel_flops=kernel_flops)
     total = 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -165,10 +171,12 @@ def _count(jaxpr, while_trips: int | None, kernel_flops: Callable | None) -> flo
             else:
                 raise ValueError(f"Pallas call {eqn.params.get('name')} has no cost_estimate")
         elif name == "cond":
-            count = functools.partial(_count, while_trips=while_trips, kernel_flops=kernel_flops)
-            total += max(_branches(eqn, count), default=0.0)
+            by_platform = eqn.params.get("branches_platforms") is not None
+            total += _largest(_inner(eqn.params), by_platform, count)
+        elif name == "by_platform":
+            total += _largest(_inner(eqn.params) + _device_forms(eqn), True, count)
         else:
-            inner = [_count(body, while_trips, kernel_flops) for body in _inner(eqn.params)]
+            inner = [count(body) for body in _inner(eqn.params)]
             if name == "scan":
                 total += eqn.params["length"] * sum(inner)
             elif name == "while":

@@ -68,7 +68,7 @@ def mega():
         num_heads=1,
         qk_dim=128,
         value_dim=512,
-        mlp_dim=4096,
+        mlp_dim=6144,
         chunk_size=LENGTH,
         norm_groups=16,
         scan_layers=False,
