@@ -15,9 +15,16 @@ def inner(x: Float[Array, "*rows D"], y: Float[Array, "*rows D"]) -> Float[Array
     return jnp.sum(x_RD * y_RD, axis=-1).reshape(x.shape[:-1])
 
 
-def short_sums(x: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
-    """The sum over a last axis of few elements, in the type of x."""
-    return jnp.einsum("...d,d->...", x, jnp.ones(x.shape[-1:], x.dtype), precision="highest")
+def group_sums(x: Float[Array, "*rows G D"]) -> Float[Array, "*rows G"]:
+    """The sum over a last axis of few elements, in the type of x; on CPU a product with a matrix
+    of zeros and ones, which takes no kernel of its own."""
+    groups, size = x.shape[-2:]
+
+    def product(x):
+        ones = jnp.repeat(jnp.eye(groups, dtype=x.dtype), size, axis=0)
+        return jnp.einsum("...d,dg->...g", x.reshape(*x.shape[:-2], -1), ones, precision="highest")
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axis=-1))
 
 
 def drop_unit_axes(x: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules, axes_of, shard_by_names
-from blt_jax.layers.reductions import short_sums
-from blt_jax.layers.segments import document_positions, index_of_last, segment_starts
+from blt_jax.layers.reductions import group_sums
+from blt_jax.layers.segments import document_positions, segment_starts
 from blt_jax.models.megalodon_config import EmaKind, MegalodonConfig, ScanForm
 from pallas_kernels import cema_scan
 
@@ -27,8 +27,8 @@ from pallas_kernels import cema_scan
 
 class Documents(NamedTuple):
     """Packed or padded rows, [B, T] each: real tokens, first tokens of documents, positions in
-    their document, and what may attend to each other (chunks, or documents with a window; 0 is
-    padding)."""
+    their document, and what may attend to each other (chunks, or documents with a window, by the
+    index after their first token; 0 is padding)."""
 
     real: jax.Array
     reset: jax.Array
@@ -41,11 +41,9 @@ def documents_of(segment_ids: Int[Array, "B T"], config: MegalodonConfig) -> Doc
     real = segment_ids > 0
     reset = segment_starts(segment_ids) & real
     position = document_positions(segment_ids)
-    first = reset
-    if not config.attention_window:
-        first = real & (position % config.chunk_size == 0)
-    groups = jnp.cumsum(first.astype(jnp.int32), axis=1)
-    return Documents(real, reset, position, jnp.where(real, groups, 0))
+    within = position if config.attention_window else position % config.chunk_size
+    index = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+    return Documents(real, reset, position, jnp.where(real, index - within + 1, 0))
 
 
 # ----------------------------------------------------- complex exponential moving average (3.1)
@@ -178,25 +176,26 @@ class NormState:
     variance: Any
 
 
-def running_sums(x: Float[Array, "B T W"], reset: Bool[Array, "B T"] | None):
-    """Sums over the tokens of the document up to and with each one, [B, T, W]."""
+def running_sums(x: Float[Array, "B T W"], last_reset: Int[Array, "B T"] | None):
+    """Sums over the tokens of the document up to and with each one, [B, T, W].
+
+    last_reset: index of the token that the document starts with, -1 before the row.
+    """
     B, T, W = x.shape
     C = min(SUM_BLOCK, T)
     pad = -T % C
     x_BMCW = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, C, W)
     lower_CC = jnp.tril(jnp.ones((C, C), jnp.float32))
-    if reset is None:
+    if last_reset is None:
         sums = jnp.einsum("ij,bmjw->bmiw", lower_CC, x_BMCW, precision="highest")
         kept = jnp.ones((B, (T + pad) // C), bool)
         open_BMC = None
     else:
-        document = jnp.cumsum(
-            jnp.pad(reset, ((0, 0), (0, pad))).reshape(B, -1, C).astype(jnp.int32), axis=2
-        )
+        document = jnp.pad(last_reset, ((0, 0), (0, pad))).reshape(B, -1, C)
         same = document[:, :, :, None] == document[:, :, None, :]
         weights = jnp.where(same, lower_CC[None, None], 0.0)
         sums = jnp.einsum("bmij,bmjw->bmiw", weights, x_BMCW, precision="highest")
-        open_BMC = document == 0
+        open_BMC = document < C * jnp.arange(document.shape[1])[None, :, None]
         kept = open_BMC[:, :, -1]
 
     def carry(before, inputs):
@@ -227,23 +226,24 @@ def running_statistics(
     base = jax.tree.map(lambda x: x[:, None], start)
     anchor = mean[:, :1]
     real = jnp.ones((*mean.shape[:2], 1), jnp.float32)
-    reset = None
+    last_reset = None
     if documents is not None:
-        reset = documents.reset
-        begun = jnp.cumsum(reset.astype(jnp.int32), axis=1) > 0
+        index = lax.broadcasted_iota(jnp.int32, documents.reset.shape, 1)
+        last_reset = lax.cummax(jnp.where(documents.reset, index, -1), axis=1)
+        begun = last_reset >= 0
         base = jax.tree.map(
             lambda a, b: jnp.where(begun.reshape(begun.shape + (1,) * (a.ndim - 2)), b[:, None], a),
             base,
             fresh,
         )
-        first = index_of_last(reset)[..., None]
+        first = jnp.maximum(last_reset, 0)[..., None]
         anchor = jnp.take_along_axis(mean, jnp.broadcast_to(first, mean.shape), axis=1)
         real = documents.real[..., None].astype(jnp.float32)
     before = base.count.astype(jnp.float32)[..., None]
     anchor = lax.stop_gradient(jnp.where(before > 0, base.mean, anchor))
     shifted = mean - anchor
     parts = jnp.concatenate([real, real * shifted, real * (variance + shifted**2)], axis=-1)
-    new, first, second = jnp.split(running_sums(parts, reset), [1, 1 + G], axis=-1)
+    new, first, second = jnp.split(running_sums(parts, last_reset), [1, 1 + G], axis=-1)
     offset = base.mean - anchor
     total = jnp.maximum(before + new, 1.0)
     first = (first + before * offset) / total
@@ -322,8 +322,8 @@ def _timestep_norm(x, affine, start, fresh, documents, config):
 @jax.custom_vjp
 def token_moments(x: Float[Array, "B T G D"]):
     """Mean and population variance within every group of one token, [B, T, G]."""
-    mean = short_sums(x) / x.shape[-1]
-    return mean, short_sums(jnp.square(x - mean[..., None])) / x.shape[-1]
+    mean = group_sums(x) / x.shape[-1]
+    return mean, group_sums(jnp.square(x - mean[..., None])) / x.shape[-1]
 
 
 def _moments_forward(x):
@@ -361,10 +361,10 @@ def _normalised_backward(residuals, g):
     # again, with all that g is made of, wherever it is used.
     g /= deviation[..., None]
     d_x = g * weight.reshape(1, 1, *x.shape[2:])
-    d_deviation = -short_sums(d_x * centred) / deviation
+    d_deviation = -group_sums(d_x * centred) / deviation
     d_weight = jnp.sum(g * centred, axis=(0, 1)).reshape(-1)
     d_bias = jnp.sum(g * deviation[..., None], axis=(0, 1)).reshape(-1)
-    return d_x, -short_sums(d_x), d_deviation, d_weight, d_bias
+    return d_x, -group_sums(d_x), d_deviation, d_weight, d_bias
 
 
 normalised.defvjp(_normalised_forward, _normalised_backward)
