@@ -22,7 +22,7 @@ from blt_jax.layers.model import ModelConfig
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import llama3, megalodon
 from blt_jax.recipes.language_model import LanguageModel
-from blt_jax.recipes.long_context import LongContext
+from blt_jax.recipes.long_context import ChunkBoundaries, LongContext
 from blt_jax.train.checkpoint import CheckpointingConfig
 from blt_jax.train.comparison import Comparison
 from blt_jax.train.configs import select_run
@@ -154,6 +154,46 @@ def proof_seeds() -> Comparison:
     return dataclasses.replace(proof(), seeds=(0, 1, 2))
 
 
+ABLATIONS = {
+    "full": {},
+    "real_average": {"ema": megalodon.EmaKind.REAL},
+    "no_average": {"ema": megalodon.EmaKind.NONE},
+    "layer_norm": {"norm": megalodon.NormKind.LAYER},
+    "pre_norm_residual": {"residual": megalodon.ResidualKind.PRE_NORM},
+    "attention_alone": {
+        "ema": megalodon.EmaKind.NONE,
+        "norm": megalodon.NormKind.LAYER,
+        "residual": megalodon.ResidualKind.PRE_NORM,
+    },
+}
+
+
+def ablation() -> Comparison:
+    """Megalodon without each of its parts: loss where chunks of the attention begin (9 min)."""
+
+    def run(changes):
+        return ChunkBoundaries(
+            model=dataclasses.replace(byte_model(2, 128, 64), state_size=8, **changes),
+            data=rows(4_000_000, 512, 8),
+            evaluation=EvaluationConfig(batches=50),
+            optimizer=EVERYTHING_DECAYS,
+            schedule=Schedule(learning_rate=2e-3, warmup_steps=40),
+            steps=400,
+            sample_tokens=0,
+        )
+
+    return Comparison(
+        runs=tuple((name, run(changes)) for name, changes in ABLATIONS.items()),
+        metric="bits_per_byte",
+        further=("boundary_jump", "bits_per_byte_at_start", "bits_per_byte_in_rest", "parameters"),
+    )
+
+
+def ablation_seeds() -> Comparison:
+    """`ablation` over three seeds (27 min)."""
+    return dataclasses.replace(ablation(), seeds=(0, 1, 2))
+
+
 def _paper(model: megalodon.MegalodonConfig, learning_rate: float) -> LanguageModel:
     """Section 4.1: 2T tokens in batches of 4M, rows of 32K, cosine to a tenth."""
     batch_tokens, length = 4 * 2**20, 32 * 1024
@@ -196,7 +236,7 @@ def megalodon_7b_v5p_64() -> LanguageModel:
 
 
 PAPER = (mega_200m, mega_1_3b, megalodon_7b, megalodon_7b_v5p_64)
-RUNS = (smoke, tiny, proof, proof_seeds, *PAPER)
+RUNS = (smoke, tiny, proof, proof_seeds, ablation, ablation_seeds, *PAPER)
 
 
 def get_config(run: str = "tiny") -> Experiment:

@@ -34,6 +34,8 @@ from blt_jax.models.megalodon_config import (
     EmaKind,
     GateKind,
     MegalodonConfig,
+    NormKind,
+    ResidualKind,
     WeightInit,
 )
 
@@ -102,6 +104,8 @@ def write_megalodon(config: MegalodonConfig) -> dict[str, Any]:
         "attention_window": 0,
         "prior_count": 0,
         "ema": EmaKind.COMPLEX,
+        "norm": NormKind.TIMESTEP,
+        "residual": ResidualKind.TWO_HOP,
         "gate": GateKind.MEGALODON,
         "input_phase": False,
         "rope": RopeConfig(theta=config.rope.theta, layout=RopeLayout.INTERLEAVED),

@@ -257,11 +257,13 @@ def scan_blocks(
     num_broadcast: int,
     num_scanned: int = 1,
     length: int | None = None,
+    *,
+    initializing: bool,
 ):
     """`block` lifted over `length` layers, config.num_layers if None: carry x, then `num_scanned`
     arguments with the layers as leading axis (the layer index first), then `num_broadcast`
     arguments shared by all layers. Parameters are stacked on a leading axis whether or not the
-    scan is unrolled."""
+    scan is unrolled. initializing: whether parameters are made; else the block is traced once."""
     length = config.num_layers if length is None else length
     return nn.scan(
         config.remat.wrap(block, config.scan_layers),
@@ -271,7 +273,8 @@ def scan_blocks(
         out_axes=0,
         length=length,
         unroll=1 if config.scan_layers else length,
-        check_constancy_invariants=False,
+        # Their keys depend on this.
+        check_constancy_invariants=initializing,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
@@ -300,7 +303,7 @@ class Transformer(nn.Module):
         prefix: KeyValues [L, 1, N, G, K] of tokens at positions 0..N-1 that every token sees; then
         positions count on from N. One token at a time goes through `layers.step`.
         """
-        stack = scan_blocks(self.block, self.config, 2, 2)(
+        stack = scan_blocks(self.block, self.config, 2, 2, initializing=self.is_initializing())(
             self.config, self.sharding, emit_key_values, self.pieces, name="layers"
         )
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)

@@ -325,7 +325,14 @@ class PatchEncoder(nn.Module):
         patches = patches.reshape(B, P, config.cross_attn_k, D)
         if config.num_encoder_cross_layers:
             length = config.num_encoder_cross_layers
-            stack = scan_blocks(EncoderCrossLayer, config.local_encoder, 4, 2, length)
+            stack = scan_blocks(
+                EncoderCrossLayer,
+                config.local_encoder,
+                4,
+                2,
+                length,
+                initializing=self.is_initializing(),
+            )
             stack = stack(config, self.sharding, name="layers")
             layers = jnp.arange(length, dtype=jnp.int32)
             patches, _ = stack(patches, layers, states, kernel, ids, segment_ids, patch_segment_ids)
@@ -388,7 +395,7 @@ class LocalDecoder(nn.Module):
             x = x + take_patches(context[:, :, 0], layout[0], layout[2], self.sharding)
         layers = jnp.arange(stack.num_layers, dtype=jnp.int32)
         encoded = encode_positions(stack, positions)
-        scanned = scan_blocks(DecoderLayer, stack, 3)
+        scanned = scan_blocks(DecoderLayer, stack, 3, initializing=self.is_initializing())
         scanned = scanned(config, self.sharding, emit_key_values, name="layers")
         return scanned(x, layers, context, layout, encoded)
 

@@ -15,6 +15,7 @@ Section 3.4 (two-hop residual)           block
 Section 3.5 (chunk parallelism)          moving_average, timestep_norm: states across the mesh
 Section 4.1, Table 1 of the release      mega_200m .. megalodon_7b, block_parameters
 Mega, section 3.1 (damped EMA)           EmaKind.REAL
+What each part does                      EmaKind.NONE, NormKind.LAYER, ResidualKind.PRE_NORM
 Mega, section 3.2 (attention, gates)     GateKind.MEGA, AttentionKind
 Section 4.4 (LRA, bidirectional)         MegalodonConfig.bidirectional, megalodon_classifier
 Inference with a constant state          megalodon_decode
@@ -66,6 +67,8 @@ from blt_jax.models.megalodon_config import (  # noqa: F401
     EmaKind,
     GateKind,
     MegalodonConfig,
+    NormKind,
+    ResidualKind,
     ScanForm,
     WeightInit,
     byte_level,
@@ -299,21 +302,12 @@ def block(
         else:
             normed, norm_state = timestep_norm(x, w, "norm", norm_state, documents, **norms)
     with jax.named_scope("cema"):
-        if coefficients is None:
-            coefficients = ema_coefficients(config, w)
-        average = functools.partial(moving_average, form=config.scan_form, sharding=sharding)
-        reset = None if documents is None else documents.reset
-        if lengths is None:
-            averaged, ema_state = average(normed, coefficients, ema_state, reset)
-        else:
-            aligned = _shift_rows(normed, normed.shape[1] - lengths)
-            averaged, ema_state = average(aligned, coefficients, None, None)
-            averaged = _shift_rows(averaged, lengths - normed.shape[1])
-        if config.bidirectional:
-            backward = ema_coefficients(config, _backward_names(w))
-            averaged += average(normed[:, ::-1], backward, None, None)[0][:, ::-1]
-        if config.ema is EmaKind.COMPLEX:
-            averaged += normed * _along_rows(w["ema_omega"], x)
+        averaged = normed
+        if config.ema is not EmaKind.NONE:
+            average = functools.partial(_averaged, config, sharding, w, documents, lengths)
+            averaged, ema_state = average(normed, coefficients, ema_state)
+        elif ema_state is None:
+            ema_state = (jnp.zeros((x.shape[0], config.d_model, 0), jnp.float32),) * 2
     mixed = rms_norm(averaged, w["ema_norm_weight"] + 1.0, eps)
     mixed = dropped(mixed, config.hidden_dropout, key, 0)
     with jax.named_scope("attention"):
@@ -338,9 +332,30 @@ def block(
         if config.rescale_mlp:
             h *= _along_rows(w["mlp_scale"], x)
     # Two hops: the stream gets the block's input, the attention only through the MLP.
-    x = checkpoint_name(x + h, "block_out")
+    stream = x if config.residual is ResidualKind.TWO_HOP else y
+    x = checkpoint_name(stream + h, "block_out")
     x = constrain(x, ("batch", "length", "embed_act"), sharding)
     return x, LayerState(kept, ema_state, norm_state)
+
+
+def _averaged(config, sharding, w, documents, lengths, x, coefficients, state):
+    """The moving average of the rows x, with its skip connection, and the state after them."""
+    if coefficients is None:
+        coefficients = ema_coefficients(config, w)
+    average = functools.partial(moving_average, form=config.scan_form, sharding=sharding)
+    reset = None if documents is None else documents.reset
+    if lengths is None:
+        averaged, state = average(x, coefficients, state, reset)
+    else:
+        aligned = _shift_rows(x, x.shape[1] - lengths)
+        averaged, state = average(aligned, coefficients, None, None)
+        averaged = _shift_rows(averaged, lengths - x.shape[1])
+    if config.bidirectional:
+        backward = ema_coefficients(config, _backward_names(w))
+        averaged += average(x[:, ::-1], backward, None, None)[0][:, ::-1]
+    if config.ema is EmaKind.COMPLEX:
+        averaged += x * _along_rows(w["ema_omega"], x)
+    return averaged, state
 
 
 def _mlp(config, sharding, w, x, key):
@@ -402,6 +417,8 @@ def _log_uniform_init(longest: int) -> Callable:
 
 def ema_parameters(config: MegalodonConfig) -> dict[str, tuple]:
     """Name, initialiser, shape and logical axes of the moving average's parameters."""
+    if config.ema is EmaKind.NONE:
+        return {}
     shape, names = (config.d_model, config.state_size), ("norm", None)
     normal = nn.initializers.normal
     decay = normal(0.2)
@@ -551,7 +568,7 @@ class MegalodonOutput:
 
 
 def run_blocks(
-    config: MegalodonConfig, sharding: ShardingRules, x, rope, documents, lengths, key
+    config: MegalodonConfig, sharding: ShardingRules, initializing, x, rope, documents, lengths, key
 ) -> tuple[Float[Array, "B T D"], Any]:
     """The layers, inside a compact module; their states stacked on a leading axis."""
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
@@ -563,7 +580,7 @@ def run_blocks(
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=config.num_layers,
         unroll=1 if config.scan_layers else config.num_layers,
-        check_constancy_invariants=False,
+        check_constancy_invariants=initializing,  # the parameters' keys depend on it
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return stack(config, sharding, name="layers")(x, layers, keys, rope, documents, lengths)
@@ -605,7 +622,9 @@ class Megalodon(NextTokenModel):
             x *= math.sqrt(config.d_model)
         x = dropped(x, config.dropout, key, config.num_layers)
         rope = rotation(config, tokens.shape, documents)
-        x, states = run_blocks(config, self.sharding, x, rope, documents, lengths, key)
+        x, states = run_blocks(
+            config, self.sharding, self.is_initializing(), x, rope, documents, lengths, key
+        )
         w = declare(self, norm_parameters(config, "norm"))
         norms = dict(config=config, sharding=self.sharding)
         x, norm_state = timestep_norm(x, w, "norm", None, documents, **norms)
@@ -656,4 +675,4 @@ def block_flops(config: MegalodonConfig, context_length: int) -> float:
     seen = seen if config.attention_window or config.bidirectional else (seen + 1) / 2
     attention = (config.qk_dim + E) * seen
     directions = 2 if config.bidirectional else 1
-    return 2.0 * (kernels + attention) + 12.0 * directions * config.state_size * D
+    return 2.0 * (kernels + attention) + 12.0 * directions * config.ema_size * D

@@ -91,7 +91,9 @@ class MegalodonClassifier(Model):
             x *= math.sqrt(config.d_model)
         x = dropped(x, config.dropout, key, config.num_layers)
         rope = rotation(config, tokens.shape, documents)
-        x, _ = run_blocks(config, self.sharding, x, rope, documents, None, key)
+        x, _ = run_blocks(
+            config, self.sharding, self.is_initializing(), x, rope, documents, None, key
+        )
         w = declare(self, norm_parameters(config, "norm"))
         affine = w["norm_weight"] + 1.0, w["norm_bias"]
         x = group_norm(x, affine, documents.real, config)

@@ -11,10 +11,28 @@ from blt_jax.layers.transformer import Remat
 
 
 class EmaKind(enum.Enum):
-    """The moving average: Megalodon's complex one with a skip connection, or Mega's real one."""
+    """The moving average: Megalodon's complex one with a skip connection, Mega's real one, or none,
+    to see what it does."""
 
     COMPLEX = "complex"
     REAL = "real"
+    NONE = "none"
+
+
+class NormKind(enum.Enum):
+    """The norm before a block and before the head: over the groups of all tokens so far, or layer
+    norm of each token, to see what the first does."""
+
+    TIMESTEP = "timestep"
+    LAYER = "layer"
+
+
+class ResidualKind(enum.Enum):
+    """What the feed-forward output is added to: the block's input, which skips the attention
+    (Megalodon), or the stream after the attention, as pre-norm transformers do."""
+
+    TWO_HOP = "two_hop"
+    PRE_NORM = "pre_norm"
 
 
 class GateKind(enum.Enum):
@@ -105,6 +123,8 @@ class MegalodonConfig(ModelConfig):
     scale_embeddings: bool = False
     tied_embeddings: bool = False
     ema: EmaKind = EmaKind.COMPLEX
+    norm: NormKind = NormKind.TIMESTEP
+    residual: ResidualKind = ResidualKind.TWO_HOP
     gate: GateKind = GateKind.MEGALODON
     attention: AttentionKind = AttentionKind.NORMALISED
     input_phase: bool = False
@@ -145,10 +165,15 @@ class MegalodonConfig(ModelConfig):
             )
         if self.norm_eps <= 0:
             raise ValueError(f"MegalodonConfig.norm_eps={self.norm_eps}: must be > 0")
-        if self.input_phase and self.ema is EmaKind.REAL:
+        if self.input_phase and self.ema is not EmaKind.COMPLEX:
             raise ValueError(
-                "MegalodonConfig.input_phase=True: needs ema=EmaKind.COMPLEX, a real average has "
-                "no phase"
+                "MegalodonConfig.input_phase=True: needs ema=EmaKind.COMPLEX, nothing else has a "
+                "phase"
+            )
+        if self.norm is NormKind.LAYER and (self.prior_count or self.bidirectional):
+            raise ValueError(
+                f"MegalodonConfig.norm=LAYER: prior_count={self.prior_count} and "
+                f"bidirectional={self.bidirectional} must be 0 and False, they have group norms"
             )
         if self.d_model % self.norm_groups:
             raise ValueError(
@@ -157,6 +182,7 @@ class MegalodonConfig(ModelConfig):
             )
         # A group norm looks at whole rows.
         alone = self.norm_groups == self.d_model and not self.bidirectional
+        alone = alone and self.norm is NormKind.TIMESTEP
         if alone and self.prior_count < 2:
             raise ValueError(
                 f"MegalodonConfig.prior_count={self.prior_count}: must be >= 2 with "
@@ -189,6 +215,11 @@ class MegalodonConfig(ModelConfig):
     def value_width(self) -> int:
         """J."""
         return self.value_dim // self.num_heads
+
+    @property
+    def ema_size(self) -> int:
+        """Complex numbers of state per channel."""
+        return 0 if self.ema is EmaKind.NONE else self.state_size
 
     @property
     def reach(self) -> int:

@@ -45,7 +45,7 @@ def new_cache(model: Megalodon, params: dict[str, Any], rows: int) -> MegalodonC
     config = model.config
     dtype, zeros = config.precision.dtype, jnp.zeros
     heads, S = config.num_heads, config.reach
-    state = zeros((rows, config.d_model, config.state_size), jnp.float32)
+    state = zeros((rows, config.d_model, config.ema_size), jnp.float32)
     keys = LayerCache.create(rows, heads, S, config.head_dim, dtype)
     values = LayerCache.create(rows, heads, S, config.value_width, dtype)
     attention = LayerCache(key=keys.key, value=values.value)
@@ -296,7 +296,7 @@ def _select(active, after, before):
 def check_cache(config: MegalodonConfig, cache: MegalodonCache, rows: int) -> None:
     """Raises ValueError for a cache of other rows or another configuration; outside jit also for
     one that holds NaN."""
-    G, N = config.norm_groups, config.state_size
+    G, N = config.norm_groups, config.ema_size
     if len(cache.layers) != config.num_layers:
         raise ValueError(
             f"cache has {len(cache.layers)} layers: the model has num_layers={config.num_layers}"

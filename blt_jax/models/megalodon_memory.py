@@ -17,9 +17,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.dist.sharding import ShardingRules, axes_of, shard_by_names
+from blt_jax.layers.norms import layer_norm
 from blt_jax.layers.reductions import group_sums
 from blt_jax.layers.segments import document_positions, segment_starts
-from blt_jax.models.megalodon_config import EmaKind, MegalodonConfig, ScanForm
+from blt_jax.models.megalodon_config import EmaKind, MegalodonConfig, NormKind, ScanForm
 from pallas_kernels import cema_scan
 
 # ------------------------------------------------------------------- documents of packed rows
@@ -61,8 +62,10 @@ class EmaCoefficients(NamedTuple):
     output_im: jax.Array
 
 
-def ema_coefficients(config: MegalodonConfig, w: dict[str, Any]) -> EmaCoefficients:
+def ema_coefficients(config: MegalodonConfig, w: dict[str, Any]) -> EmaCoefficients | None:
     """Eq. 2 as released: h = r e^(i phi) h + p x, y = Re(g h). Mega's for EmaKind.REAL."""
+    if config.ema is EmaKind.NONE:
+        return None
     p = jax.nn.sigmoid(w["ema_alpha"])
     # 1 - p d loses the distance to 1 only below 1e-7 of it, where 16 million tokens are kept.
     modulus = 1.0 - p * jax.nn.sigmoid(w["ema_delta"])
@@ -273,6 +276,7 @@ def timestep_norm(
     sharding: ShardingRules,
 ) -> tuple[Float[Array, "B T D"], NormState]:
     """Group normalisation with the statistics of all tokens so far, padding 0; and the state.
+    For NormKind.LAYER layer norm, and the state as it was.
 
     w: `<name>_weight`, `<name>_bias` (and prior) of the parameters. Where the length is sharded,
     the statistics of every device's part are exchanged.
@@ -280,6 +284,8 @@ def timestep_norm(
     fresh = fresh_norm_state(config, w, name, x.shape[0])
     start = fresh if state is None else state
     affine = w[f"{name}_weight"] + 1.0, w[f"{name}_bias"]
+    if config.norm is NormKind.LAYER:
+        return layer_norm(x, *affine, config.norm_eps), start
     axes = axes_of("length", sharding)
     if not axes:
         return _timestep_norm(x, affine, start, fresh, documents, config)

@@ -1,4 +1,5 @@
-"""Training on short rows, then the loss by position of rows many times longer, and a recall task.
+"""Training on short rows, then the loss by position of rows many times longer or within chunks of
+the attention, and a recall task.
 
 The second model is trained from scratch on the recall task of `data.synthetic.recall_rows`: one of
 a few letters at the start of a row has to be named again after noise.
@@ -64,17 +65,13 @@ class LongContext(LanguageModel):
         return numbers
 
 
-def loss_by_position(
-    config: LongContext, context: Context, model: Model, params: Any
-) -> dict[str, float]:
-    """Bits per byte within and beyond the training length; the figure `loss_by_position`."""
+def sums_by_position(
+    data: DataConfig, rows: int, context: Context, model: Model, params: Any
+) -> np.ndarray:
+    """Sums [2, T] of nats and of bytes at every position, over at least `rows` rows of the
+    validation split that one document fills. Raises ValueError if there are fewer."""
     sharding = batch_sharding(context.mesh, model.sharding)
-    data = evaluation_config(
-        config.data,
-        sequence_length=config.long_length,
-        batch_size=row_parts(sharding),
-        packing=Packing.ONE_DOCUMENT,
-    )
+    data = evaluation_config(data, batch_size=row_parts(sharding), packing=Packing.ONE_DOCUMENT)
 
     @jax.jit
     def sums(params, batch):
@@ -83,22 +80,31 @@ def loss_by_position(
         mask = batch["target_mask"] & full[:, None]
         nats = jnp.where(mask, target_nats(output.logits, batch["targets"])[0], 0.0)
         counted = jnp.where(mask, batch["target_bytes"], 0).astype(jnp.float32)
-        buckets = jnp.stack([nats, counted]).sum(1).reshape(2, -1, config.bucket).sum(2)
-        return buckets, full.sum()
+        return jnp.stack([nats, counted]).sum(1), full.sum()
 
-    totals, rows = np.zeros((2, config.long_length // config.bucket)), 0
+    totals, found = np.zeros((2, data.sequence_length)), 0
     with jax.set_mesh(context.mesh):
         for batch in loader(data, rows=process_rows(data.batch_size, sharding)):
-            if rows >= config.long_rows:
+            if found >= rows:
                 break
             placed = {k: v[0] for k, v in put_batch(batch, 1, sharding).items()}
-            buckets, full = sums(params, placed)
-            totals, rows = totals + np.asarray(buckets, np.float64), rows + int(full)
-    if rows < config.long_rows:
+            more, full = sums(params, placed)
+            totals, found = totals + np.asarray(more, np.float64), found + int(full)
+    if found < rows:
         raise ValueError(
-            f"LongContext.long_rows={config.long_rows}: the validation split has only {rows} "
-            f"pieces of documents of {config.long_length} bytes"
+            f"long_rows={rows}: the validation split has only {found} pieces of documents of "
+            f"{data.sequence_length} bytes"
         )
+    return totals
+
+
+def loss_by_position(
+    config: LongContext, context: Context, model: Model, params: Any
+) -> dict[str, float]:
+    """Bits per byte within and beyond the training length; the figure `loss_by_position`."""
+    data = dataclasses.replace(config.data, sequence_length=config.long_length)
+    totals = sums_by_position(data, config.long_rows, context, model, params)
+    totals = totals.reshape(2, -1, config.bucket).sum(2)
     context.writer.figure("loss_by_position", _figure(config, totals))
     trained = config.data.sequence_length // config.bucket
     numbers = {
@@ -124,6 +130,63 @@ def _figure(config: LongContext, totals: np.ndarray) -> Any:
     axes.set_xlabel("position in the document (bytes)")
     axes.set_ylabel("bits per byte")
     axes.legend()
+    return figure
+
+
+# ---------------------------------------------------------------------------- chunk boundaries
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class ChunkBoundaries(LanguageModel):
+    """`LanguageModel`, then its loss by the position within chunks of a Megalodon's attention.
+
+    rows: of the validation split, filled by one document each, at least. start: positions that
+    count as a chunk's start. A row's first chunk, which nothing precedes, is left out.
+    """
+
+    rows: int = 200
+    start: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        chunk, length = self.model.chunk_size, self.data.sequence_length
+        if self.rows < 1:
+            raise ValueError(f"ChunkBoundaries.rows={self.rows}: must be >= 1")
+        if not 1 <= self.start < chunk:
+            raise ValueError(
+                f"ChunkBoundaries.start={self.start}: must be in [1, {chunk}), {chunk} is the chunk"
+            )
+        if length % chunk or length < 2 * chunk:
+            raise ValueError(
+                f"ChunkBoundaries.data.sequence_length={length}: must be several chunks of {chunk}"
+            )
+
+    def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
+        """`bits_per_byte_at_start` of chunks and `_in_rest`, their difference `boundary_jump`, and
+        `parameters`; the figure `loss_in_chunk`."""
+        totals = sums_by_position(self.data, self.rows, context, fit.model, fit.params)
+        chunk = self.model.chunk_size
+        totals = totals.reshape(2, -1, chunk)[:, 1:].sum(1)
+        context.writer.figure("loss_in_chunk", _chunk_figure(totals))
+        start, rest = (
+            bits_per_byte(*part.sum(1)) for part in np.split(totals, [self.start], axis=1)
+        )
+        return {
+            "bits_per_byte_at_start": start,
+            "bits_per_byte_in_rest": rest,
+            "boundary_jump": start - rest,
+            "parameters": float(sum(leaf.size for leaf in jax.tree.leaves(fit.params))),
+        }
+
+
+def _chunk_figure(totals: np.ndarray) -> Any:
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(totals[0] / (np.log(2) * totals[1]), marker=".")
+    axes.set_xlabel("position in the chunk (bytes)")
+    axes.set_ylabel("bits per byte")
     return figure
 
 

@@ -3,7 +3,7 @@ the released code has them, of the paper's Eq. 2, and of Mega's moving average a
 
 import numpy as np
 
-from blt_jax.models.megalodon_config import EmaKind, GateKind
+from blt_jax.models.megalodon_config import EmaKind, GateKind, NormKind, ResidualKind
 
 
 def sigmoid(x):
@@ -18,18 +18,24 @@ def unit_rms(x, eps):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
+def token_norm(x, weight, bias, eps):
+    return (x - x.mean()) / np.sqrt(x.var() + eps) * (weight + 1) + bias
+
+
 class TimestepNorm:
     """Eq. 4: every group by the mean and variance of all its numbers in all tokens so far."""
 
     def __init__(self, w, name, config):
         self.weight, self.bias, self.eps = w[f"{name}_weight"], w[f"{name}_bias"], config.norm_eps
         self.n, self.mean, self.variance = config.prior_count, 0.0, 0.0
-        self.groups = config.norm_groups
+        self.groups, self.kind = config.norm_groups, config.norm
         if config.prior_count:
             self.mean = w[f"{name}_prior_mean"]
             self.variance = np.exp(w[f"{name}_prior_log_variance"])
 
     def __call__(self, x):
+        if self.kind is NormKind.LAYER:
+            return token_norm(x, self.weight, self.bias, self.eps)
         x = x.reshape(self.groups, -1)
         self.n, n = self.n + 1, self.n + 1
         delta = x.mean(1) - self.mean
@@ -75,7 +81,9 @@ class Block:
 
     def __init__(self, w, config):
         self.w, self.config, self.kept = w, config, []
-        self.norm, self.average = TimestepNorm(w, "norm", config), MovingAverage(w, config)
+        self.norm = TimestepNorm(w, "norm", config)
+        none = config.ema is EmaKind.NONE
+        self.average = (lambda x: x) if none else MovingAverage(w, config)
 
     def attention(self, q, k, v, t):
         """Scores are not scaled; a chunk, or a window's last tokens."""
@@ -112,16 +120,16 @@ class Block:
         if self.config.gate is GateKind.MEGA:
             phi = sigmoid(mx @ w["update_kernel"] + w["update_bias"])
             y = phi * silu(h) + (1 - phi) * x
-        y = (y - y.mean()) / np.sqrt(y.var() + eps) * (w["mlp_norm_weight"] + 1) + w[
-            "mlp_norm_bias"
-        ]
+        two_hop = self.config.residual is ResidualKind.TWO_HOP
+        stream = x if two_hop else y
+        y = token_norm(y, w["mlp_norm_weight"], w["mlp_norm_bias"], eps)
         h = silu(y @ w["mlp_gate"])
         if self.config.swiglu:
             h = h * (y @ w["mlp_up"])
         h = h @ w["mlp_down"]
         if self.config.rescale_mlp:
             h = h * w["mlp_scale"]
-        return x + h
+        return stream + h
 
 
 def logits(config, params, tokens):

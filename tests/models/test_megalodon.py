@@ -20,6 +20,7 @@ from blt_jax.models.megalodon import (
     DecayInit,
     EmaKind,
     GateKind,
+    NormKind,
     ScanForm,
 )
 from blt_jax.models.megalodon_memory import NormState
@@ -426,6 +427,7 @@ def test_dropout(kind):
         ({"dropout": 1.0}, r"dropout=1\.0: must be in \[0, 1\)"),
         ({"norm_eps": -1.0}, r"norm_eps=-1\.0: must be > 0"),
         ({"input_phase": True, "ema": EmaKind.REAL}, "input_phase=True: needs ema=EmaKind.COMPLEX"),
+        ({"norm": NormKind.LAYER, "prior_count": 3}, "norm=LAYER: prior_count=3 and"),
     ],
 )
 def test_bad_configs(changes, message):

@@ -66,6 +66,7 @@ def prefill_and_steps(decoder, tokens, lengths):
         {"num_layers": 2, "prior_count": 3, "scale_embeddings": True},
         {"attention_window": 5},
         {"gate": megalodon.GateKind.MEGA, "attention": megalodon.AttentionKind.LAPLACE},
+        {"ema": megalodon.EmaKind.NONE, "norm": megalodon.NormKind.LAYER},
     ],
 )
 def test_prefill_and_steps_equal_the_full_pass(options):

@@ -42,6 +42,13 @@ CONFIGS = {
     "prior": dataclasses.replace(BASE, prior_count=3),
     "input_phase": dataclasses.replace(BASE, input_phase=True),
     "mega": dataclasses.replace(BASE, ema=megalodon.EmaKind.REAL, gate=megalodon.GateKind.MEGA),
+    "no_average": dataclasses.replace(BASE, ema=megalodon.EmaKind.NONE),
+    "attention_only": dataclasses.replace(
+        BASE,
+        ema=megalodon.EmaKind.NONE,
+        norm=megalodon.NormKind.LAYER,
+        residual=megalodon.ResidualKind.PRE_NORM,
+    ),
 }
 LOGITS = dict(rtol=2e-5, atol=2e-6)
 GRADIENTS = dict(rtol=1e-3, atol=5e-5)
@@ -189,6 +196,8 @@ def equations(config, params, tokens, segment_ids):
         ("prior", True),
         ("input_phase", False),
         ("mega", False),
+        ("no_average", False),
+        ("attention_only", True),
     ],
 )
 def test_equations(name, packed):
