@@ -66,10 +66,11 @@ class LongContext(LanguageModel):
 
 
 def sums_by_position(
-    data: DataConfig, rows: int, context: Context, model: Model, params: Any
+    data: DataConfig, name: str, rows: int, context: Context, model: Model, params: Any
 ) -> np.ndarray:
     """Sums [2, T] of nats and of bytes at every position, over at least `rows` rows of the
-    validation split that one document fills. Raises ValueError if there are fewer."""
+    validation split that one document fills. Raises ValueError if there are fewer, for the field
+    `name`."""
     sharding = batch_sharding(context.mesh, model.sharding)
     data = evaluation_config(data, batch_size=row_parts(sharding), packing=Packing.ONE_DOCUMENT)
 
@@ -92,7 +93,7 @@ def sums_by_position(
             totals, found = totals + np.asarray(more, np.float64), found + int(full)
     if found < rows:
         raise ValueError(
-            f"long_rows={rows}: the validation split has only {found} pieces of documents of "
+            f"{name}={rows}: the validation split has only {found} pieces of documents of "
             f"{data.sequence_length} bytes"
         )
     return totals
@@ -103,7 +104,9 @@ def loss_by_position(
 ) -> dict[str, float]:
     """Bits per byte within and beyond the training length; the figure `loss_by_position`."""
     data = dataclasses.replace(config.data, sequence_length=config.long_length)
-    totals = sums_by_position(data, config.long_rows, context, model, params)
+    totals = sums_by_position(
+        data, "LongContext.long_rows", config.long_rows, context, model, params
+    )
     totals = totals.reshape(2, -1, config.bucket).sum(2)
     context.writer.figure("loss_by_position", _figure(config, totals))
     trained = config.data.sequence_length // config.bucket
@@ -164,7 +167,9 @@ class ChunkBoundaries(LanguageModel):
     def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
         """`bits_per_byte_at_start` of chunks and `_in_rest`, their difference `boundary_jump`, and
         `parameters`; the figure `loss_in_chunk`."""
-        totals = sums_by_position(self.data, self.rows, context, fit.model, fit.params)
+        totals = sums_by_position(
+            self.data, "ChunkBoundaries.rows", self.rows, context, fit.model, fit.params
+        )
         chunk = self.model.chunk_size
         totals = totals.reshape(2, -1, chunk)[:, 1:].sum(1)
         context.writer.figure("loss_in_chunk", _chunk_figure(totals))
