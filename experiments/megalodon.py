@@ -22,12 +22,12 @@ from blt_jax.layers.model import ModelConfig
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import llama3, megalodon
 from blt_jax.recipes.language_model import LanguageModel
-from blt_jax.recipes.long_context import ChunkBoundaries, LongContext
+from blt_jax.recipes.long_context import ChunkBoundaries, LongContext, Recall
 from blt_jax.train.checkpoint import CheckpointingConfig
 from blt_jax.train.comparison import Comparison
 from blt_jax.train.configs import select_run
 from blt_jax.train.optimizer import Decay, OptimizerConfig, Schedule
-from blt_jax.train.pretraining import EvaluationConfig, Experiment, Pretraining
+from blt_jax.train.pretraining import EvaluationConfig, Experiment
 
 EVERYTHING_DECAYS = OptimizerConfig(undecayed=())
 """The paper's: norms centre their weight at 1, so that decay pulls them there. It pulls the moduli
@@ -81,9 +81,9 @@ def tiny() -> LanguageModel:
     )
 
 
-def recall(model: ModelConfig) -> Pretraining:
+def recall(model: ModelConfig) -> Recall:
     """The recall task, in rows of 64 with chunks of 16."""
-    return Pretraining(
+    return Recall(
         model=model,
         data=DataConfig(sequence_length=64, batch_size=64),
         schedule=Schedule(learning_rate=3e-3, warmup_steps=30, decay=Decay.COSINE),
@@ -91,7 +91,7 @@ def recall(model: ModelConfig) -> Pretraining:
     )
 
 
-def _long(model: ModelConfig, recalls: Pretraining, learning_rate: float) -> LongContext:
+def _long(model: ModelConfig, recalls: Recall, learning_rate: float) -> LongContext:
     return LongContext(
         model=model,
         data=rows(4_000_000, 512, 8),
@@ -119,22 +119,26 @@ def proof_llama() -> llama3.Llama3Config:
 
 
 LLAMA_MLP = 416
+RECALL_SIZES = dict(vocab_size=RECALL_VOCABULARY, num_layers=2, d_model=64)
 
 
-def proof() -> Comparison:
-    """Llama and Megalodon of equal size: loss far beyond the trained length, recall (14 min)."""
-    sizes = dict(vocab_size=RECALL_VOCABULARY, num_layers=2, d_model=64)
-    short = megalodon.small(
-        **sizes,
+def recall_megalodon() -> megalodon.MegalodonConfig:
+    """Chunks of 16, and moving averages that remember several."""
+    return megalodon.small(
+        **RECALL_SIZES,
         chunk_size=16,
         decay_init=megalodon.DecayInit.LOG_UNIFORM,
         scan_layers=False,
     )
-    full = llama3.small(**sizes, num_heads=4, mlp_dim=212)
+
+
+def proof() -> Comparison:
+    """Llama and Megalodon of equal size: loss far beyond the trained length, recall (14 min)."""
+    full = llama3.small(**RECALL_SIZES, num_heads=4, mlp_dim=212)
     return Comparison(
         runs=(
             ("llama", _long(proof_llama(), recall(full), 3e-3)),
-            ("megalodon", _long(proof_megalodon(), recall(short), 2e-3)),
+            ("megalodon", _long(proof_megalodon(), recall(recall_megalodon()), 2e-3)),
         ),
         metric="bits_per_byte_beyond",
         further=(
@@ -194,6 +198,24 @@ def ablation_seeds() -> Comparison:
     return dataclasses.replace(ablation(), seeds=(0, 1, 2))
 
 
+def recall_ablation() -> Comparison:
+    """Megalodon without each of its parts: what it knows of tokens beyond its chunk (5 min)."""
+
+    def run(changes):
+        return recall(dataclasses.replace(recall_megalodon(), **changes))
+
+    return Comparison(
+        runs=tuple((name, run(changes)) for name, changes in ABLATIONS.items()),
+        metric="recall_accuracy_24",
+        further=("recall_accuracy_8", "recall_accuracy_48"),
+    )
+
+
+def recall_ablation_seeds() -> Comparison:
+    """`recall_ablation` over three seeds (15 min)."""
+    return dataclasses.replace(recall_ablation(), seeds=(0, 1, 2))
+
+
 def _paper(model: megalodon.MegalodonConfig, learning_rate: float) -> LanguageModel:
     """Section 4.1: 2T tokens in batches of 4M, rows of 32K, cosine to a tenth."""
     batch_tokens, length = 4 * 2**20, 32 * 1024
@@ -236,7 +258,8 @@ def megalodon_7b_v5p_64() -> LanguageModel:
 
 
 PAPER = (mega_200m, mega_1_3b, megalodon_7b, megalodon_7b_v5p_64)
-RUNS = (smoke, tiny, proof, proof_seeds, ablation, ablation_seeds, *PAPER)
+ABLATION = (ablation, ablation_seeds, recall_ablation, recall_ablation_seeds)
+RUNS = (smoke, tiny, proof, proof_seeds, *ABLATION, *PAPER)
 
 
 def get_config(run: str = "tiny") -> Experiment:

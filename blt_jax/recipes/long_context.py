@@ -23,21 +23,85 @@ from blt_jax.train.evaluate import bits_per_byte
 from blt_jax.train.pretraining import Context, EvaluationConfig, Fit, Pretraining
 from blt_jax.train.step import batch_sharding, process_rows, put_batch, row_parts
 
+# ------------------------------------------------------------------------------------ recall
+
+
+def recall_batches(
+    config: DataConfig, gaps: tuple[int, ...], rows: Sequence[int] | None = None
+) -> GeneratedBatches:
+    """Batches of the recall task without end, with the gaps in turn."""
+
+    def make(numbers: Sequence[int], seed: tuple[int, ...]) -> dict[str, np.ndarray]:
+        length = config.sequence_length
+        parts = [
+            recall_rows(1, gaps[i % len(gaps)], length=length, seed=(*seed, i)) for i in numbers
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return GeneratedBatches(config, make, rows)
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Recall(Pretraining):
+    """Training on the recall task alone, evaluated on new rows.
+
+    gaps: tokens of noise between the letter and the question, asked for equally often.
+    """
+
+    evaluation: EvaluationConfig = dataclasses.field(
+        default_factory=lambda: EvaluationConfig(batches=4)
+    )
+    gaps: tuple[int, ...] = (8, 24, 48)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.gaps or min(self.gaps) < 0:
+            raise ValueError(f"Recall.gaps={self.gaps}: must be >= 0, not empty")
+        needed = max(self.gaps) + 2
+        if self.data.sequence_length < needed:
+            raise ValueError(
+                f"Recall.data.sequence_length={self.data.sequence_length}: must be >= {needed} for "
+                f"gaps={self.gaps}"
+            )
+        if self.model.vocab_size < RECALL_VOCABULARY:
+            raise ValueError(
+                f"Recall.model.vocab_size={self.model.vocab_size}: must be >= {RECALL_VOCABULARY}"
+            )
+
+    def run(self, context: Context) -> dict[str, float]:
+        """`recall_accuracy`, and of new rows with each gap `recall_accuracy_N`; chance is 1 / 8."""
+        gaps = self.gaps
+        fit = self.fit(context, batches=lambda data, rows: recall_batches(data, gaps, rows))
+        numbers = {"recall_accuracy": fit.metrics["accuracy"]}
+        held_out = evaluation_config(self.data)
+
+        @jax.jit
+        def accuracy(params, batch):
+            logits = fit.model.apply({"params": params}, *fit.model.inputs(batch)).logits
+            right = (logits.argmax(-1) == batch["targets"]) & batch["target_mask"]
+            return right.sum() / batch["target_mask"].sum()
+
+        for gap in gaps:
+            batch = next(recall_batches(held_out, (gap,)))
+            numbers[f"recall_accuracy_{gap}"] = float(accuracy(fit.params, batch))
+        return numbers
+
+
+# ------------------------------------------------------------------- far beyond the trained length
+
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class LongContext(LanguageModel):
     """`LanguageModel`, then its loss on rows of `long_length` bytes of one document each.
 
     long_rows: how many at least, of the validation split. bucket: positions per point of the
-    figure. recall: the training on the recall task; None: without. recall_gaps: tokens of noise
-    between the letter and the question, asked for equally often.
+    figure. recall: the training on the recall task; None: without.
     """
 
     long_length: int = 8192
     long_rows: int = 8
     bucket: int = 256
-    recall: Pretraining | None = None
-    recall_gaps: tuple[int, ...] = (8, 24, 48)
+    recall: Recall | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,8 +114,6 @@ class LongContext(LanguageModel):
                 f"LongContext.long_length={self.long_length}: must be above the training length "
                 f"{trained}, and both multiples of bucket={self.bucket}"
             )
-        if not self.recall_gaps or min(self.recall_gaps) < 0:
-            raise ValueError(f"LongContext.recall_gaps={self.recall_gaps}: must be >= 0, not empty")
 
     def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
         """`bits_per_byte_within` and `_beyond` the training length on long rows, and `_to_N` for
@@ -61,7 +123,7 @@ class LongContext(LanguageModel):
         for name, length in (("", self.data.sequence_length), ("_long", self.long_length)):
             numbers[f"flops_per_token{name}"] = float(fit.model.flops_per_token(length))
         if self.recall is not None:
-            numbers |= run_recall(self.recall, self.recall_gaps, context.child("recall"))
+            numbers |= self.recall.run(context.child("recall"))
         return numbers
 
 
@@ -165,8 +227,8 @@ class ChunkBoundaries(LanguageModel):
             )
 
     def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
-        """`bits_per_byte_at_start` of chunks and `_in_rest`, their difference `boundary_jump`, and
-        `parameters`; the figure `loss_in_chunk`."""
+        """`bits_per_byte_at_start` of chunks and `_in_rest`, and their difference `boundary_jump`;
+        the figure `loss_in_chunk`."""
         totals = sums_by_position(
             self.data, "ChunkBoundaries.rows", self.rows, context, fit.model, fit.params
         )
@@ -180,7 +242,6 @@ class ChunkBoundaries(LanguageModel):
             "bits_per_byte_at_start": start,
             "bits_per_byte_in_rest": rest,
             "boundary_jump": start - rest,
-            "parameters": float(sum(leaf.size for leaf in jax.tree.leaves(fit.params))),
         }
 
 
@@ -193,48 +254,3 @@ def _chunk_figure(totals: np.ndarray) -> Any:
     axes.set_xlabel("position in the chunk (bytes)")
     axes.set_ylabel("bits per byte")
     return figure
-
-
-# ------------------------------------------------------------------------------------ recall
-
-
-def recall_batches(
-    config: DataConfig, gaps: tuple[int, ...], rows: Sequence[int] | None = None
-) -> GeneratedBatches:
-    """Batches of the recall task without end, with the gaps in turn."""
-
-    def make(numbers: Sequence[int], seed: tuple[int, ...]) -> dict[str, np.ndarray]:
-        length = config.sequence_length
-        parts = [
-            recall_rows(1, gaps[i % len(gaps)], length=length, seed=(*seed, i)) for i in numbers
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    return GeneratedBatches(config, make, rows)
-
-
-def run_recall(
-    config: Pretraining, gaps: tuple[int, ...], context: Context, batches: int = 4
-) -> dict[str, float]:
-    """Trains on the recall task; accuracy of new rows, chance is 1 / 8, for each gap."""
-    needed = max(gaps) + 2
-    if config.data.sequence_length < needed or config.model.vocab_size < RECALL_VOCABULARY:
-        raise ValueError(
-            f"recall: rows need sequence_length >= {needed} and vocab_size >= {RECALL_VOCABULARY}, "
-            f"not {config.data.sequence_length} and {config.model.vocab_size}"
-        )
-    config = dataclasses.replace(config, evaluation=EvaluationConfig(batches=batches))
-    fit = config.fit(context, batches=lambda data, rows: recall_batches(data, gaps, rows))
-    numbers = {"recall_accuracy": fit.metrics["accuracy"]}
-    held_out = evaluation_config(config.data)
-
-    @jax.jit
-    def accuracy(params, batch):
-        logits = fit.model.apply({"params": params}, *fit.model.inputs(batch)).logits
-        right = (logits.argmax(-1) == batch["targets"]) & batch["target_mask"]
-        return right.sum() / batch["target_mask"].sum()
-
-    for gap in gaps:
-        batch = next(recall_batches(held_out, (gap,)))
-        numbers[f"recall_accuracy_{gap}"] = float(accuracy(fit.params, batch))
-    return numbers

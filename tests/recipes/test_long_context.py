@@ -84,6 +84,19 @@ def test_refused_settings(changes, message):
         config(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gaps": ()}, r"Recall\.gaps=\(\): must be >= 0, not empty"),
+        ({"gaps": (63,)}, r"Recall\.data\.sequence_length=64: must be >= 65 for gaps=\(63,\)"),
+    ],
+)
+def test_refused_settings_of_recall(changes, message):
+    runs = load_experiment_file(ROOT / "experiments" / "megalodon.py")
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(runs.recall(runs.recall_megalodon()), **changes)
+
+
 def test_too_few_rows(tmp_path):
     with pytest.raises(
         ValueError, match=r"ChunkBoundaries\.rows=100000: the validation split has only"
