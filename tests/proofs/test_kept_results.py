@@ -61,6 +61,24 @@ def check_megalodon(numbers: dict[str, float]) -> None:
     assert numbers["megalodon/recall_accuracy_48"] > 0.9
 
 
+def check_megalodon_ablation(numbers: dict[str, float]) -> None:
+    nats = [numbers[f"{name}/bits_per_byte"] for name in ("full", "real_average", "no_average")]
+    assert nats == sorted(nats) and nats[2] > nats[0] + 0.1
+    # Only where no average crosses the chunks does the loss jump where they begin.
+    for name in ("full", "real_average", "layer_norm", "pre_norm_residual"):
+        assert abs(numbers[f"{name}/boundary_jump"]) < 0.1
+    for name in ("no_average", "attention_alone"):
+        assert numbers[f"{name}/boundary_jump"] > 0.25
+
+
+def check_megalodon_recall_ablation(numbers: dict[str, float]) -> None:
+    for gap in (24, 48):  # beyond a chunk of 16; chance is 1/8
+        for name in ("full", "real_average", "no_average", "layer_norm", "pre_norm_residual"):
+            assert numbers[f"{name}/recall_accuracy_{gap}"] > 0.9
+        assert numbers[f"attention_alone/recall_accuracy_{gap}"] < 0.3
+    assert numbers["attention_alone/recall_accuracy_8"] > 0.9
+
+
 def check_streaming_llm(numbers: dict[str, float]) -> None:
     modes = ("dense", "window", "sinks_original", "sinks")
     nats = [numbers[f"bos/nats_{mode}"] for mode in modes]
@@ -137,6 +155,14 @@ def test_megalodon_proof_shows_an_unbroken_context():
     check_megalodon(json.loads((RESULTS / "megalodon_proof_seeds.json").read_text())["numbers"])
 
 
+def test_what_parts_of_megalodon_do():
+    for run, check in (
+        ("megalodon_ablation", check_megalodon_ablation),
+        ("megalodon_recall_ablation", check_megalodon_recall_ablation),
+    ):
+        check(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
+
+
 @pytest.mark.parametrize("run", ["streaming_llm_proof", "streaming_llm_proof_seeds"])
 def test_streaming_llm_proof_shows_the_cost_of_evicting_sinks(run):
     check_streaming_llm(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
@@ -159,15 +185,17 @@ def test_kept_results_name_commit_device_and_versions():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("system", "check"),
+    ("system", "run", "check"),
     [
-        ("blt", check_blt),
-        ("contrastive_decoding", check_contrastive_decoding),
-        ("llama3", check_llama3),
-        ("megalodon", check_megalodon),
-        ("streaming_llm", check_streaming_llm),
+        ("blt", "proof", check_blt),
+        ("contrastive_decoding", "proof", check_contrastive_decoding),
+        ("llama3", "proof", check_llama3),
+        ("megalodon", "proof", check_megalodon),
+        ("megalodon", "ablation", check_megalodon_ablation),
+        ("megalodon", "recall_ablation", check_megalodon_recall_ablation),
+        ("streaming_llm", "proof", check_streaming_llm),
     ],
 )
-def test_proof_again(system, check, tmp_path):
-    config = load_experiment_file(ROOT / "experiments" / f"{system}.py").get_config("proof")
+def test_proof_again(system, run, check, tmp_path):
+    config = load_experiment_file(ROOT / "experiments" / f"{system}.py").get_config(run)
     check(run_experiment(config, tmp_path))
