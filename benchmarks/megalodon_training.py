@@ -5,7 +5,7 @@
 Width 256, 2 layers, 1 head, 64 query and 512 value features, SwiGLU of 512, 16 complex states,
 chunks of 256, 32 norm groups, 256 ids, float32, batch 1. Outputs are checked equal before any
 time is taken. Reported: the least of seven runs of each side, alternating in both orders; the
-seconds each program took to compile; its temporary memory, and `ordered` that of the same program
+seconds each program took to trace, lower and compile, the least of two; its temporary memory, and `ordered` that of the same program
 in XLA's order of least memory instead of its default one for CPU, which starts early whatever can
 run beside something else. Our layers are written out where gradients are taken, and a loop in the
 forward pass. Packed rows hold documents of 300 tokens. The continuation reads 256 tokens after the
@@ -176,9 +176,12 @@ def measure(case: str, length: int) -> dict:
 
     sides, outputs, row = {}, [], {"case": case, "length": length}
     for name, (function, arguments) in zip(("ours", "peer"), make_case(case, length), strict=True):
-        start = time.perf_counter()
-        program = jax.jit(function).lower(*arguments).compile()
-        row[f"{name}_compile_seconds"] = time.perf_counter() - start
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            program = jax.jit(lambda *x, f=function: f(*x)).lower(*arguments).compile()
+            seconds.append(time.perf_counter() - start)
+        row[f"{name}_compile_seconds"] = min(seconds)
         ordered = jax.jit(function).lower(*arguments).compile(compiler_options=ORDERED)
         for order, compiled in (("temporary", program), ("ordered", ordered)):
             memory = compiled.memory_analysis()
