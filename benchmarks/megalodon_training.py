@@ -5,11 +5,11 @@
 Width 256, 2 layers, 1 head, 64 query and 512 value features, SwiGLU of 512, 16 complex states,
 chunks of 256, 32 norm groups, 256 ids, float32, batch 1. Outputs are checked equal before any
 time is taken. Reported: the least of seven runs of each side, alternating in both orders; the
-seconds each program took to trace, lower and compile, the least of two; its temporary memory, and `ordered` that of the same program
-in XLA's order of least memory instead of its default one for CPU, which starts early whatever can
-run beside something else. Our layers are written out where gradients are taken, and a loop in the
-forward pass. Packed rows hold documents of 300 tokens. The continuation reads 256 tokens after the
-length, a step one token. Arguments choose a part, which is printed and not kept.
+seconds each program took to trace, lower and compile, the least of two; its temporary memory, and
+`ordered` that of the same program in XLA's order of least memory instead of its default one for
+CPU, which starts early whatever can run beside something else. Our layers are written out where
+gradients are taken, and a loop in the forward pass. Packed rows hold documents of 300 tokens. The
+continuation reads 256 tokens after the length, a step one token. Arguments choose a part, which is printed and not kept.
 """
 
 import functools
