@@ -9,7 +9,8 @@ seconds each program took to trace, lower and compile, the least of two; its tem
 `ordered` that of the same program in XLA's order of least memory instead of its default one for
 CPU, which starts early whatever can run beside something else. Our layers are written out where
 gradients are taken, and a loop in the forward pass. Packed rows hold documents of 300 tokens. The
-continuation reads 256 tokens after the length, a step one token. Arguments choose a part, which is printed and not kept.
+continuation reads 256 tokens after the length, a step one token. Arguments choose a part, which is
+printed and not kept.
 """
 
 import functools
