@@ -28,8 +28,9 @@ CHUNK = 32
 SEGMENT = 256
 """Tokens between the states that are kept for the backward pass; a multiple of CHUNK."""
 
-BLOCK_CHANNELS = 8192
-"""Rows times channels times chunks that the forward pass takes at once."""
+BLOCK_CHUNKS, BLOCK_CHANNELS = 8, 8192
+"""The forward pass takes as many chunks of all rows at once, or as many as hold that many channels
+if these are more: fewer would read the tables too often, more would not stay in a cache."""
 
 SPAN_CHANNELS = 1024
 """Rows times channels times segments that are taken at once: the backward pass adds to gradients
@@ -92,7 +93,7 @@ def forward(
 
     def outputs(start, size, carry):
         y_BTD, state, kept = carry
-        most = _power_of_two(BLOCK_CHANNELS // (rows * width)) * CHUNK
+        most = _power_of_two(max(BLOCK_CHUNKS, BLOCK_CHANNELS // width) // rows) * CHUNK
         for offset in range(0, size, most):
             chunks = _chunks(x_BTD, reset_BT, start + offset, min(most, size - offset), state.dtype)
             before, state = _states(chunks, tables, state)
