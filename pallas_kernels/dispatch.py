@@ -57,7 +57,7 @@ def by_platform(
     """
     forms = {"tpu": tpu, "cuda": gpu}
     forms = {platform: form for platform, form in forms.items() if form is not None}
-    if not forms or _automatically_partitioned():
+    if not forms or automatically_partitioned():
         return xla(*args)
     leaves, tree = jax.tree.flatten(args)
 
@@ -124,12 +124,12 @@ def gathered(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays whole on every device where a mesh partitions automatically: collectives inside
     of loops over data, which devices reach in different orders, can wait for each other for ever.
     """
-    if not _automatically_partitioned():
+    if not automatically_partitioned():
         return arrays
     return lax.with_sharding_constraint(arrays, jax.sharding.PartitionSpec())
 
 
-def _automatically_partitioned() -> bool:
+def automatically_partitioned() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(mesh.manual_axes)
     return any(size > 1 for name, size in mesh.shape.items() if name not in manual)

@@ -20,10 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import dispatch
 from pallas_kernels.cema_scan import reference
 from pallas_kernels.cema_scan.reference import Coefficients, Complex
 
 CHUNK = 32
+
+MAX_CHANNELS = 256
+"""Channels that are taken at a time, for all tokens: their tables stay in a cache."""
 
 SEGMENT = 256
 """Tokens between the states that are kept for the backward pass; a multiple of CHUNK."""
@@ -78,7 +82,62 @@ class Chunks(NamedTuple):
         return None if self.piece is None else (self.piece[:, -1] == 0).reshape(rows, -1).T
 
 
-def forward(
+def forward(x_BTD, coefficients, state_BDN, reset_BT, *, keep):
+    """Outputs, final state, and with `keep` the states [B, segments, S, D] before each segment."""
+    function = functools.partial(_forward, keep=keep)
+    axes = (2, 0, 1, None), (2, 1, 3 if keep else None)
+    return _by_channels(function, (x_BTD, coefficients, state_BDN, reset_BT), *axes)
+
+
+def backward(x_BTD, coefficients, reset_BT, kept, dy_BTD, d_state_BDN):
+    """The gradients of x, the coefficients and the first state."""
+    arguments = x_BTD, coefficients, reset_BT, kept, dy_BTD, d_state_BDN
+    return _by_channels(_backward, arguments, (2, 0, None, 3, 2, 1), (2, 0, 1))
+
+
+def _by_channels(function, arguments, axes, out_axes):
+    """function(*arguments), some channels at a time.
+
+    axes, out_axes: where each argument and each result has its channels, None for those without;
+    the first argument has them last.
+    """
+    width = arguments[0].shape[-1]
+    size = _channels_at_once(width)
+    if size == width:
+        return function(*arguments)
+
+    def part(i):
+        def cut(axis, x):
+            return lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+        pairs = zip(axes, arguments, strict=True)
+        return [x if n is None else jax.tree.map(functools.partial(cut, n), x) for n, x in pairs]
+
+    def all_channels(axis, x):
+        return jnp.zeros((*x.shape[:axis], width, *x.shape[axis + 1 :]), x.dtype)
+
+    def body(i, results):
+        def put(axis, whole, x):
+            return lax.dynamic_update_slice_in_dim(whole, x, i * size, axis)
+
+        parts = zip(out_axes, results, function(*part(i)), strict=True)
+        return tuple(jax.tree.map(functools.partial(put, n), old, x) for n, old, x in parts)
+
+    shapes = zip(out_axes, jax.eval_shape(function, *part(0)), strict=True)
+    results = [jax.tree.map(functools.partial(all_channels, n), x) for n, x in shapes]
+    return lax.fori_loop(0, width // size, body, tuple(results))
+
+
+def _channels_at_once(width: int) -> int:
+    """The largest divisor of the width up to MAX_CHANNELS; all where that is small, or where a mesh
+    partitions the channels."""
+    divisors = [n for n in range(1, min(width, MAX_CHANNELS) + 1) if width % n == 0]
+    if dispatch.automatically_partitioned() or divisors[-1] < MAX_CHANNELS // 4:
+        return width
+    return divisors[-1]
+
+
+def _forward(
     x_BTD: jax.Array,
     coefficients: Coefficients,
     state_BDN: Complex,
@@ -86,7 +145,6 @@ def forward(
     *,
     keep: bool,
 ) -> tuple[jax.Array, Complex, jax.Array | None]:
-    """Outputs, final state, and with `keep` the states [B, segments, S, D] before each segment."""
     rows, length, width = x_BTD.shape
     tables = _tables(coefficients, length)
     num_kept = -(-length // SEGMENT) if keep else 0
@@ -118,7 +176,7 @@ def forward(
     return y_BTD, _pair(state), kept
 
 
-def backward(
+def _backward(
     x_BTD: jax.Array,
     coefficients: Coefficients,
     reset_BT: jax.Array | None,
@@ -126,7 +184,6 @@ def backward(
     dy_BTD: jax.Array,
     d_state_BDN: Complex,
 ) -> tuple[jax.Array, Coefficients, Complex]:
-    """The gradients of x, the coefficients and the first state."""
     rows, length, width = x_BTD.shape
     tables, tables_pullback = jax.vjp(functools.partial(_tables, length=length), coefficients)
     kept = kept.transpose(1, 3, 0, 2).reshape(kept.shape[1], width, rows, 2, -1)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import evidence, gpu_evidence
-from pallas_kernels.cema_scan import gpu, tpu, vjp
+from pallas_kernels.cema_scan import gpu, tpu, vjp, xla
 from pallas_kernels.cema_scan.shapes import (
     DEVICE_SHAPES,
     SHAPES,
@@ -297,6 +297,21 @@ class TestXLA(Scan):
 
     def test_finite_differences(self):
         assert_finite_differences(self.implementation)
+
+    @pytest.mark.parametrize("width", [12, 7])
+    @pytest.mark.parametrize("resets", [(10, 12, 40), None])
+    def test_blocks_of_channels(self, monkeypatch, width, resets):
+        shape = Shape(name="wide", rows=2, length=300, width=width, size=3, resets=resets)
+        arguments = make_arguments(shape)
+        whole = self.run(arguments)
+        monkeypatch.setattr(xla, "MAX_CHANNELS", 4)
+        jax.clear_caches()  # or the traces of before are taken
+        blocks = self.run(arguments)
+        program = str(jax.make_jaxpr(lambda: self.run(arguments))())
+        jax.clear_caches()
+        assert ("f32[2,300,4]" in program) == (width == 12)  # 7 has no divisor
+        assert_all_close(blocks, whole, 1e-6)
+        assert_all_close(blocks[0], numpy_scan(arguments), 1e-5)
 
 
 class Kernels(Scan):
