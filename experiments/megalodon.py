@@ -173,7 +173,7 @@ ABLATIONS = {
 
 
 def ablation() -> Comparison:
-    """Megalodon without each of its parts: loss where chunks of the attention begin (9 min)."""
+    """Megalodon without each of its parts: loss where chunks of the attention begin (12 min)."""
 
     def run(changes):
         return ChunkBoundaries(
@@ -194,7 +194,7 @@ def ablation() -> Comparison:
 
 
 def ablation_seeds() -> Comparison:
-    """`ablation` over three seeds (27 min)."""
+    """`ablation` over three seeds (36 min)."""
     return dataclasses.replace(ablation(), seeds=(0, 1, 2))
 
 
@@ -212,7 +212,7 @@ def recall_ablation() -> Comparison:
 
 
 def recall_ablation_seeds() -> Comparison:
-    """`recall_ablation` over three seeds (15 min)."""
+    """`recall_ablation` over three seeds (16 min)."""
     return dataclasses.replace(recall_ablation(), seeds=(0, 1, 2))
 
 

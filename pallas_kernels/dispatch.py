@@ -130,6 +130,7 @@ def gathered(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def automatically_partitioned() -> bool:
+    """Whether the compiler divides this program over devices, outside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(mesh.manual_axes)
     return any(size > 1 for name, size in mesh.shape.items() if name not in manual)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-def index_of_last(flag: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of the last true position up to and including each position (0 if none)."""
+def index_of_last(flag: Bool[Array, "B T"], none: int = 0) -> Int[Array, "B T"]:
+    """Index of the last true position up to and including each position, `none` <= 0 if none."""
     index = jax.lax.broadcasted_iota(jnp.int32, flag.shape, 1)
-    return jax.lax.cummax(jnp.where(flag, index, 0), axis=1)
+    return jax.lax.cummax(jnp.where(flag, index, none), axis=1)
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

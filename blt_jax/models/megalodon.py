@@ -304,8 +304,8 @@ def block(
     with jax.named_scope("cema"):
         averaged = normed
         if config.ema is not EmaKind.NONE:
-            average = functools.partial(_averaged, config, sharding, w, documents, lengths)
-            averaged, ema_state = average(normed, coefficients, ema_state)
+            rows = normed, documents, lengths
+            averaged, ema_state = _averaged(config, sharding, w, *rows, coefficients, ema_state)
         elif ema_state is None:
             ema_state = (jnp.zeros((x.shape[0], config.d_model, 0), jnp.float32),) * 2
     mixed = rms_norm(averaged, w["ema_norm_weight"] + 1.0, eps)
@@ -338,7 +338,7 @@ def block(
     return x, LayerState(kept, ema_state, norm_state)
 
 
-def _averaged(config, sharding, w, documents, lengths, x, coefficients, state):
+def _averaged(config, sharding, w, x, documents, lengths, coefficients, state):
     """The moving average of the rows x, with its skip connection, and the state after them."""
     if coefficients is None:
         coefficients = ema_coefficients(config, w)

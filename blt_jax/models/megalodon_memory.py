@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from blt_jax.dist.sharding import ShardingRules, axes_of, shard_by_names
 from blt_jax.layers.norms import layer_norm
 from blt_jax.layers.reductions import group_sums
-from blt_jax.layers.segments import document_positions, segment_starts
+from blt_jax.layers.segments import document_positions, index_of_last, segment_starts
 from blt_jax.models.megalodon_config import EmaKind, MegalodonConfig, NormKind, ScanForm
 from pallas_kernels import cema_scan
 
@@ -231,8 +231,7 @@ def running_statistics(
     real = jnp.ones((*mean.shape[:2], 1), jnp.float32)
     last_reset = None
     if documents is not None:
-        index = lax.broadcasted_iota(jnp.int32, documents.reset.shape, 1)
-        last_reset = lax.cummax(jnp.where(documents.reset, index, -1), axis=1)
+        last_reset = index_of_last(documents.reset, none=-1)
         begun = last_reset >= 0
         base = jax.tree.map(
             lambda a, b: jnp.where(begun.reshape(begun.shape + (1,) * (a.ndim - 2)), b[:, None], a),

@@ -18,6 +18,7 @@ from blt_jax.data.packing import Packing
 from blt_jax.data.synthetic import RECALL_VOCABULARY, GeneratedBatches, recall_rows
 from blt_jax.layers.losses import target_nats
 from blt_jax.layers.model import Model
+from blt_jax.models.megalodon_config import MegalodonConfig
 from blt_jax.recipes.language_model import LanguageModel
 from blt_jax.train.evaluate import bits_per_byte
 from blt_jax.train.pretraining import Context, EvaluationConfig, Fit, Pretraining
@@ -170,8 +171,9 @@ def loss_by_position(
         data, "LongContext.long_rows", config.long_rows, context, model, params
     )
     totals = totals.reshape(2, -1, config.bucket).sum(2)
-    context.writer.figure("loss_by_position", _figure(config, totals))
-    trained = config.data.sequence_length // config.bucket
+    label, length = "position in the document (bytes)", config.data.sequence_length
+    context.writer.figure("loss_by_position", _figure(totals, label, length, config.bucket))
+    trained = length // config.bucket
     numbers = {
         "bits_per_byte_within": bits_per_byte(*totals[:, :trained].sum(1)),
         "bits_per_byte_beyond": bits_per_byte(*totals[:, trained:].sum(1)),
@@ -184,17 +186,19 @@ def loss_by_position(
     return numbers
 
 
-def _figure(config: LongContext, totals: np.ndarray) -> Any:
+def _figure(totals: np.ndarray, label: str, trained: int = 0, bucket: int = 1) -> Any:
+    """Bits per byte over the position, from sums [2, buckets]; a line at the trained length."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    position = (np.arange(totals.shape[1]) + 0.5) * config.bucket
+    position = np.arange(totals.shape[1]) * bucket + bucket // 2
     axes.plot(position, totals[0] / (np.log(2) * totals[1]), marker=".")
-    axes.axvline(config.data.sequence_length, color="grey", linestyle="--", label="trained length")
-    axes.set_xlabel("position in the document (bytes)")
+    if trained:
+        axes.axvline(trained, color="grey", linestyle="--", label="trained length")
+        axes.legend()
+    axes.set_xlabel(label)
     axes.set_ylabel("bits per byte")
-    axes.legend()
     return figure
 
 
@@ -214,6 +218,11 @@ class ChunkBoundaries(LanguageModel):
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.model, MegalodonConfig) or self.model.attention_window:
+            raise ValueError(
+                f"ChunkBoundaries.model={self.model!r:.40}: must be a MegalodonConfig with "
+                "attention_window=0, whose attention has chunks"
+            )
         chunk, length = self.model.chunk_size, self.data.sequence_length
         if self.rows < 1:
             raise ValueError(f"ChunkBoundaries.rows={self.rows}: must be >= 1")
@@ -234,7 +243,7 @@ class ChunkBoundaries(LanguageModel):
         )
         chunk = self.model.chunk_size
         totals = totals.reshape(2, -1, chunk)[:, 1:].sum(1)
-        context.writer.figure("loss_in_chunk", _chunk_figure(totals))
+        context.writer.figure("loss_in_chunk", _figure(totals, "position in the chunk (bytes)"))
         start, rest = (
             bits_per_byte(*part.sum(1)) for part in np.split(totals, [self.start], axis=1)
         )
@@ -243,14 +252,3 @@ class ChunkBoundaries(LanguageModel):
             "bits_per_byte_in_rest": rest,
             "boundary_jump": start - rest,
         }
-
-
-def _chunk_figure(totals: np.ndarray) -> Any:
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(totals[0] / (np.log(2) * totals[1]), marker=".")
-    axes.set_xlabel("position in the chunk (bytes)")
-    axes.set_ylabel("bits per byte")
-    return figure

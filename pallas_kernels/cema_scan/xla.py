@@ -1,10 +1,11 @@
 """The portable fast form: chunks of tokens as batched matrix products, one matrix per channel.
 
 Within a chunk of C tokens the recurrence is a lower triangular Toeplitz matrix; between chunks only
-the state is carried. A loop walks over spans of some chunks, so that the arrays with channels
-first, which the matrix products want, stay small enough for a cache and are never as long as the
-sequence. The backward pass keeps the states at segment starts and computes the rest of a span
-again; both passes take the same spans, so that their common kernels are compiled once.
+the state is carried. Channels are taken in blocks whose matrices stay in a cache. Within a block a
+loop walks over spans of some chunks, so that the arrays with channels first, which the matrix
+products want, stay small as well and are never as long as the sequence. The backward pass keeps the
+states at segment starts and computes the rest of a span again; both passes take the same spans, so
+that their common kernels are compiled once.
 
 Resets divide a chunk into pieces. Pieces must not see each other, and the matrix product is taken
 once per piece of the chunk with most pieces, over the tokens of that piece alone.
@@ -82,50 +83,47 @@ class Chunks(NamedTuple):
         return None if self.piece is None else (self.piece[:, -1] == 0).reshape(rows, -1).T
 
 
-def forward(x_BTD, coefficients, state_BDN, reset_BT, *, keep):
-    """Outputs, final state, and with `keep` the states [B, segments, S, D] before each segment."""
-    function = functools.partial(_forward, keep=keep)
-    axes = (2, 0, 1, None), (2, 1, 3 if keep else None)
-    return _by_channels(function, (x_BTD, coefficients, state_BDN, reset_BT), *axes)
+def _by_channels(axes, out_axes):
+    """Decorates a function so that it is called for some channels at a time.
 
-
-def backward(x_BTD, coefficients, reset_BT, kept, dy_BTD, d_state_BDN):
-    """The gradients of x, the coefficients and the first state."""
-    arguments = x_BTD, coefficients, reset_BT, kept, dy_BTD, d_state_BDN
-    return _by_channels(_backward, arguments, (2, 0, None, 3, 2, 1), (2, 0, 1))
-
-
-def _by_channels(function, arguments, axes, out_axes):
-    """function(*arguments), some channels at a time.
-
-    axes, out_axes: where each argument and each result has its channels, None for those without;
-    the first argument has them last.
+    axes, out_axes: where each argument and each result has its channels, None for an argument
+    without; the first argument has them last.
     """
-    width = arguments[0].shape[-1]
-    size = _channels_at_once(width)
-    if size == width:
-        return function(*arguments)
 
-    def part(i):
-        def cut(axis, x):
-            return lax.dynamic_slice_in_dim(x, i * size, size, axis)
+    def decorate(function):
+        @functools.wraps(function)
+        def over_blocks(*arguments, **options):
+            width = arguments[0].shape[-1]
+            size = _channels_at_once(width)
+            if size == width:
+                return function(*arguments, **options)
 
-        pairs = zip(axes, arguments, strict=True)
-        return [x if n is None else jax.tree.map(functools.partial(cut, n), x) for n, x in pairs]
+            def results_of(i):
+                def cut(axis, x):
+                    return lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
-    def all_channels(axis, x):
-        return jnp.zeros((*x.shape[:axis], width, *x.shape[axis + 1 :]), x.dtype)
+                pairs = zip(axes, arguments, strict=True)
+                parts = [x if n is None else jax.tree.map(partial(cut, n), x) for n, x in pairs]
+                return function(*parts, **options)
 
-    def body(i, results):
-        def put(axis, whole, x):
-            return lax.dynamic_update_slice_in_dim(whole, x, i * size, axis)
+            def all_channels(axis, x):
+                return jnp.zeros((*x.shape[:axis], width, *x.shape[axis + 1 :]), x.dtype)
 
-        parts = zip(out_axes, results, function(*part(i)), strict=True)
-        return tuple(jax.tree.map(functools.partial(put, n), old, x) for n, old, x in parts)
+            def body(i, results):
+                def put(axis, whole, x):
+                    return lax.dynamic_update_slice_in_dim(whole, x, i * size, axis)
 
-    shapes = zip(out_axes, jax.eval_shape(function, *part(0)), strict=True)
-    results = [jax.tree.map(functools.partial(all_channels, n), x) for n, x in shapes]
-    return lax.fori_loop(0, width // size, body, tuple(results))
+                pairs = zip(out_axes, results, results_of(i), strict=True)
+                return tuple(jax.tree.map(partial(put, n), old, x) for n, old, x in pairs)
+
+            partial = functools.partial
+            shapes = zip(out_axes, jax.eval_shape(results_of, 0), strict=True)
+            results = tuple(jax.tree.map(partial(all_channels, n), x) for n, x in shapes)
+            return lax.fori_loop(0, width // size, body, results)
+
+        return over_blocks
+
+    return decorate
 
 
 def _channels_at_once(width: int) -> int:
@@ -137,7 +135,8 @@ def _channels_at_once(width: int) -> int:
     return divisors[-1]
 
 
-def _forward(
+@_by_channels(axes=(2, 0, 1, None), out_axes=(2, 1, 3))
+def forward(
     x_BTD: jax.Array,
     coefficients: Coefficients,
     state_BDN: Complex,
@@ -145,6 +144,7 @@ def _forward(
     *,
     keep: bool,
 ) -> tuple[jax.Array, Complex, jax.Array | None]:
+    """Outputs, final state, and with `keep` the states [B, segments, S, D] before each segment."""
     rows, length, width = x_BTD.shape
     tables = _tables(coefficients, length)
     num_kept = -(-length // SEGMENT) if keep else 0
@@ -176,7 +176,8 @@ def _forward(
     return y_BTD, _pair(state), kept
 
 
-def _backward(
+@_by_channels(axes=(2, 0, None, 3, 2, 1), out_axes=(2, 0, 1))
+def backward(
     x_BTD: jax.Array,
     coefficients: Coefficients,
     reset_BT: jax.Array | None,
@@ -184,6 +185,7 @@ def _backward(
     dy_BTD: jax.Array,
     d_state_BDN: Complex,
 ) -> tuple[jax.Array, Coefficients, Complex]:
+    """The gradients of x, the coefficients and the first state."""
     rows, length, width = x_BTD.shape
     tables, tables_pullback = jax.vjp(functools.partial(_tables, length=length), coefficients)
     kept = kept.transpose(1, 3, 0, 2).reshape(kept.shape[1], width, rows, 2, -1)
@@ -354,19 +356,24 @@ def _product(equation: str, *arrays: jax.Array) -> jax.Array:
 def _states(chunks: Chunks, tables: Tables, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The states before every chunk [K, D, B, 2, N], and the one after the last."""
     added_DMS = _product("dmj,djs->dms", chunks.last(chunks.x), tables.input)
-    decay = tables.decay[:, None]
+    return _carry(tables.decay, chunks, added_DMS, state)
+
+
+def _carry(decay, chunks: Chunks, added_DMS: jax.Array, state: jax.Array, reverse: bool = False):
+    """Takes a state across chunks, each of which adds to it: the states before every chunk, and the
+    one after all. In reverse from the last chunk to the first."""
+    decay = decay[:, None]
 
     def step(state, inputs):
         added, kept_B = inputs
-        return _where_kept(kept_B, times(decay, state)) + added, state
+        after = times(decay, state)
+        if kept_B is not None:
+            after = jnp.where(kept_B[None, :, None, None], after, 0.0)
+        return after + added, state
 
     inputs = _chunks_leading(added_DMS, state), chunks.kept(state.shape[1])
-    state, before = lax.scan(step, state, inputs)
+    state, before = lax.scan(step, state, inputs, reverse=reverse)
     return before, state
-
-
-def _where_kept(kept_B: jax.Array | None, state: jax.Array) -> jax.Array:
-    return state if kept_B is None else jnp.where(kept_B[None, :, None, None], state, 0.0)
 
 
 def _chunks_leading(x_DMS: jax.Array, state: jax.Array) -> jax.Array:
@@ -403,15 +410,8 @@ def _gradients(
     dy_first = chunks.first(dy_DMC)
     d_seen = _product("dmi,dji->dmj", dy_first, tables.output)
     d_output = _product("dmj,dmi->dji", seen, dy_first)
-
-    conjugate_decay = conjugate(tables.decay)[:, None]
-
-    def step(d_after, inputs):
-        d_before, kept_B = inputs
-        return d_before + _where_kept(kept_B, times(conjugate_decay, d_after)), d_after
-
-    inputs = _chunks_leading(d_seen[..., CHUNK:], d_state), chunks.kept(d_state.shape[1])
-    d_state, d_after = lax.scan(step, d_state, inputs, reverse=True)
+    carried = conjugate(tables.decay), chunks, d_seen[..., CHUNK:], d_state
+    d_after, d_state = _carry(*carried, reverse=True)
     d_added = _channels_leading(d_after)
     crossing = seen[..., CHUNK:]
     if chunks.piece is not None:

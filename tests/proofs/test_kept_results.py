@@ -155,12 +155,15 @@ def test_megalodon_proof_shows_an_unbroken_context():
     check_megalodon(json.loads((RESULTS / "megalodon_proof_seeds.json").read_text())["numbers"])
 
 
-def test_what_parts_of_megalodon_do():
-    for run, check in (
+@pytest.mark.parametrize(
+    ("run", "check"),
+    [
         ("megalodon_ablation", check_megalodon_ablation),
         ("megalodon_recall_ablation", check_megalodon_recall_ablation),
-    ):
-        check(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
+    ],
+)
+def test_what_parts_of_megalodon_do(run, check):
+    check(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
 
 
 @pytest.mark.parametrize("run", ["streaming_llm_proof", "streaming_llm_proof_seeds"])

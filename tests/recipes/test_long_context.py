@@ -18,11 +18,12 @@ from blt_jax.train import pretraining
 from blt_jax.train.launch import load_experiment_file, run_experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
+RUNS = load_experiment_file(ROOT / "experiments" / "megalodon.py")
 CHUNK, LENGTH, START, ROWS = 16, 64, 4, 3
 
 
 def config(**changes) -> ChunkBoundaries:
-    smoke = load_experiment_file(ROOT / "experiments" / "megalodon.py").smoke()
+    smoke = RUNS.smoke()
     names = {field.name for field in dataclasses.fields(ChunkBoundaries)}
     shared = {f.name: getattr(smoke, f.name) for f in dataclasses.fields(smoke) if f.name in names}
     shared |= dict(
@@ -76,6 +77,7 @@ def test_the_loss_in_chunks(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"rows": 0}, r"ChunkBoundaries\.rows=0: must be >= 1"),
+        ({"model": RUNS.proof_llama()}, r"ChunkBoundaries\.model=Llama3Config.*MegalodonConfig"),
         ({"start": 16}, r"ChunkBoundaries\.start=16: must be in \[1, 16\), 16 is the chunk"),
     ],
 )
@@ -92,9 +94,8 @@ def test_refused_settings(changes, message):
     ],
 )
 def test_refused_settings_of_recall(changes, message):
-    runs = load_experiment_file(ROOT / "experiments" / "megalodon.py")
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(runs.recall(runs.recall_megalodon()), **changes)
+        dataclasses.replace(RUNS.recall(RUNS.recall_megalodon()), **changes)
 
 
 def test_too_few_rows(tmp_path):

@@ -12,6 +12,7 @@ from blt_jax.layers.transformer import Remat, TransformerConfig
 from blt_jax.models import blt, llama3, megalodon
 from blt_jax.train import compilation, flops
 from blt_jax.train.state import abstract_params
+from pallas_kernels import dispatch
 
 LENGTH = 256
 """Blocks of attention hold more keys than the mask shows, so the models are wide for it."""
@@ -180,7 +181,8 @@ def test_a_loop_whose_length_is_data_is_said_to_be_counted_once():
     assert compilation.program_flops(exact) == (3 * 2 * 8**3, True)
 
 
-def test_a_choice_by_platform_counts_the_branches_that_can_be_counted():
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_choice_by_platform_counts_the_branches_that_can_be_counted(kernels):
     def kernel(x_ref, y_ref):
         y_ref[...] = x_ref[...]
 
@@ -188,6 +190,8 @@ def test_a_choice_by_platform_counts_the_branches_that_can_be_counted():
         return pl.pallas_call(kernel, out_shape=x, name="copy")(x)
 
     def choose(x):
+        if kernels:
+            return dispatch.by_platform(x, gpu=uncounted, tpu=lambda x: x @ x, xla=lambda x: x)
         return jax.lax.platform_dependent(x, cuda=uncounted, default=lambda x: x @ x)
 
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
