@@ -4,7 +4,7 @@ The first C rows of every group form one block [g, C, k], multiplied by the weig
 C is one of a few static capacities, taken at run time from the sizes: about the mean for balanced
 groups, 0 for very uneven ones. What lies beyond is cut into tiles of the largest of a few static
 sizes, and at the end of each group one tile of the least size that holds what is left: one copy of
-the group's weights per tile. The tiles of one size are walked by a loop of their own, since control
+the group's weights per tile, and one tile per group up to 2,048 rows. The tiles of one size are walked by a loop of their own, since control
 flow inside of a loop would copy the result in every turn. No array is larger than the operands
 and the result by more than a few rows per group, and no work is done for groups times rows.
 """
@@ -25,19 +25,29 @@ from pallas_kernels.grouped_matmul.reference import accumulator
 from pallas_kernels.grouped_matmul.sequential import one_by_one
 
 # Capacities as multiples of the mean group; 0 leaves all rows to the tiles.
-CAPACITIES = (0.0, 0.75, 1.0, 1.03125, 1.0625, 1.125, 1.25)
-LEAST_TILE, LARGEST_TILE = 8, 1024
+CAPACITIES = (0.0, 0.75, 1.03125, 1.0625, 1.125, 1.25)
+LEAST_TILE, LARGEST_TILE = 8, 2048
 
 
 class Costs(NamedTuple):
-    """Of a row of a block, and of a tile besides its rows, in rows of a tile; measured on two
-    cores with 8 weights of 512 x 1024."""
+    """Times over that of a row of a tile, fitted on two cores to weights of 512 x 1024, 512 x 176
+    and 128 x 256.
 
+    all_rows: of a block for each row there is, copied in and out. block_row: of each of its rows.
+    tile: of a tile besides its rows, a copy of the weights and a fixed time.
+    """
+
+    all_rows: float
     block_row: float
     tile: float
 
 
-GMM_COSTS, TGMM_COSTS = Costs(1.3, 120), Costs(1.2, 205)
+def _gmm_costs(k: int, n: int) -> Costs:
+    return Costs(all_rows=70 / k + 70 / n, block_row=0.92, tile=65 + 4e6 / (k * n))
+
+
+def _tgmm_costs(k: int, n: int) -> Costs:
+    return Costs(all_rows=0.0, block_row=0.9, tile=25 + 2e6 / (k * n))
 
 
 def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> jax.Array:
@@ -52,7 +62,7 @@ def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> 
             rows = _multiply(tile.rows(lhs), tile.of_group(rhs), transpose_rhs)
             return tile.put(out, rows.astype(out_dtype))
 
-        rows = _Rows(metadata, GMM_COSTS)
+        rows = _Rows(metadata, _gmm_costs(*rhs.shape[1:]))
         return rows.over_tiles(multiply_tile, rows.from_block(multiply_block))
 
     return one_by_one(product)(*dispatch.gathered(lhs, rhs), metadata)
@@ -69,7 +79,7 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
         def multiply_tile(tile, out):
             return tile.add(out, _outer(tile.own_rows(lhs), tile.own_rows(dout)))
 
-        rows = _Rows(metadata, TGMM_COSTS)
+        rows = _Rows(metadata, _tgmm_costs(lhs.shape[1], dout.shape[1]))
         return rows.over_tiles(multiply_tile, rows.from_block(multiply_block)).astype(out_dtype)
 
     return one_by_one(product)(*dispatch.gathered(lhs, dout), metadata)
@@ -125,14 +135,19 @@ class _Block:
 class _Tile:
     """Rows of one group, as a slice of `size` rows that may hold rows of others too."""
 
-    def __init__(self, group, begin, end, size: int, num_rows: int):
-        self._group, self._size = group, size
+    def __init__(self, turn, group, begin, end, size: int, num_rows: int):
+        self._turn, self._group, self._size = turn, group, size
         self._start = jnp.minimum(begin, np.int32(num_rows - size))
         row = self._start + jnp.arange(size, dtype=jnp.int32)
         self._own = (row >= begin) & (row < end)
 
     def rows(self, x) -> jax.Array:
-        """Rows [size, width] of x [m, width]."""
+        """Rows [size, width] of x [m, width].
+
+        The barrier ties them to their turn of the loop: where all turns would have the same rows
+        and weights, XLA would multiply them ahead of the loop, needed or not.
+        """
+        x, _ = lax.optimization_barrier((x, self._turn))
         return lax.dynamic_slice_in_dim(x, self._start, self._size)
 
     def own_rows(self, x) -> jax.Array:
@@ -145,13 +160,17 @@ class _Tile:
 
     def put(self, out, rows) -> jax.Array:
         """out [m, width] with the group's own of `rows`."""
-        rows = jnp.where(self._own[:, None], rows, self.rows(out))
+        others = lax.dynamic_slice_in_dim(out, self._start, self._size)
+        rows = jnp.where(self._own[:, None], rows, others)
         return lax.dynamic_update_slice_in_dim(out, rows, self._start, 0)
 
     def add(self, out, product) -> jax.Array:
-        """out [g, ...] with `product` added to the group's slice."""
-        product = self.of_group(out) + product
-        return lax.dynamic_update_index_in_dim(out, product, self._group, 0)
+        """out [g, ...] with `product` added to the group's slice.
+
+        The slice keeps its axis: XLA adds in place then, and copies the slice first otherwise.
+        """
+        product = lax.dynamic_slice_in_dim(out, self._group, 1) + product[None]
+        return lax.dynamic_update_slice_in_dim(out, product, self._group, 0)
 
 
 class _Rows:
@@ -171,7 +190,8 @@ class _Rows:
         rest, step, largest = self._beyond(capacity), self._sizes[0], self._sizes[-1]
         rows = step * (-(-rest // step)).sum(dtype=jnp.int32).astype(jnp.float32)
         tiles = (-(-rest // largest)).sum(dtype=jnp.int32).astype(jnp.float32)
-        return costs.block_row * capacity * len(rest) + rows + costs.tile * tiles
+        block = costs.all_rows * self._metadata.num_rows + costs.block_row * capacity * len(rest)
+        return (block if capacity else 0.0) + rows + costs.tile * tiles
 
     def from_block(self, product: Callable[[_Block], jax.Array]) -> jax.Array:
         """`product(block)` of the capacity in use."""
@@ -182,30 +202,33 @@ class _Rows:
         """The carry after `body(tile, carry)` for all tiles."""
         metadata, sizes = self._metadata, self._sizes
         largest, ends = sizes[-1], metadata.starts + metadata.sizes
-        whole = self._rest // largest
-        begins, behind = ends - self._rest, ends - self._rest + whole * largest
+
+        def walk(size, groups, begins, first, last, out):
+            def step(index, out):
+                group = groups[index]
+                tile = _Tile(index, group, begins[index], ends[group], size, metadata.num_rows)
+                return body(tile, out)
+
+            return lax.fori_loop(first, last, step, out)
+
+        begins = behind = ends - self._rest
+        if largest < metadata.num_rows:
+            whole = self._rest // largest
+            last, behind = jnp.cumsum(whole, dtype=jnp.int32), begins + whole * largest
+            tile = jnp.arange(metadata.num_rows // largest, dtype=jnp.int32)
+            groups = jnp.searchsorted(last, tile, side="right").astype(jnp.int32)
+            groups = jnp.minimum(groups, np.int32(metadata.num_local_groups - 1))
+            starts = begins[groups] + (tile - (last - whole)[groups]) * largest
+            out = walk(largest, groups, starts, 0, last[-1], out)
 
         # What is left of the groups behind their whole tiles, groups with the same size in a row.
         kind = jnp.searchsorted(np.asarray(sizes, np.int32), ends - behind, side="left")
         kind = jnp.where(ends > behind, kind.astype(jnp.int32), np.int32(len(sizes)))
         groups = jnp.argsort(kind).astype(jnp.int32)
         bounds = jnp.searchsorted(kind[groups], np.arange(len(sizes) + 1, dtype=np.int32))
-
-        def walk(size, groups, begins, index, out):
-            group = groups[index]
-            tile = _Tile(group, begins[index], ends[group], size, metadata.num_rows)
-            return body(tile, out)
-
         for index, size in enumerate(sizes):
-            step = functools.partial(walk, size, groups, behind[groups])
-            out = lax.fori_loop(bounds[index], bounds[index + 1], step, out)
-
-        last = jnp.cumsum(whole, dtype=jnp.int32)
-        tile = jnp.arange(metadata.num_rows // largest, dtype=jnp.int32)
-        groups = jnp.searchsorted(last, tile, side="right").astype(jnp.int32)
-        groups = jnp.minimum(groups, np.int32(metadata.num_local_groups - 1))
-        first = begins[groups] + (tile - (last - whole)[groups]) * largest
-        return lax.fori_loop(0, last[-1], functools.partial(walk, largest, groups, first), out)
+            out = walk(size, groups, behind[groups], bounds[index], bounds[index + 1], out)
+        return out
 
 
 def _mean(metadata: GroupMetadata) -> float:
@@ -220,9 +243,14 @@ def _capacities(metadata: GroupMetadata) -> tuple[int, ...]:
 
 
 def _tile_sizes(metadata: GroupMetadata) -> tuple[int, ...]:
-    """Up to about twice the mean size of a group: eight steps to half of the largest, where most
-    groups lie, and four from there."""
-    largest = min(max(2 << round(math.log2(max(_mean(metadata), 1))), LEAST_TILE), LARGEST_TILE)
-    step = max(largest // 16, LEAST_TILE)
-    sizes = (*range(step, largest // 2, step), *range(largest // 2, largest, 2 * step), largest)
-    return tuple(sorted({min(size, metadata.num_rows) for size in sizes}))
+    """Steps to about the mean size of a group, where most lie, steps of twice that to twice the
+    mean, and growing by a quarter from there."""
+    largest = min(metadata.num_rows, LARGEST_TILE)
+    middle = min(max(2 << round(math.log2(max(_mean(metadata), 1))), LEAST_TILE), largest)
+    step = max(middle // 16, LEAST_TILE)
+    sizes = [*range(step, middle // 2, step), *range(middle // 2, middle, 2 * step)]
+    size = middle
+    while size < largest:
+        sizes.append(size)
+        size += size // 4
+    return tuple(sorted({*sizes, largest}))

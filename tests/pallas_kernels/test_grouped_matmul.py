@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import sys
 
 import jax
@@ -85,6 +86,30 @@ def test_no_array_grows_with_groups_times_rows():
     assert largest < 4 * 4096 * 32
     expected = make_arguments(dataclasses.replace(shape, m=8))
     assert expected.rhs.size == 64 * 32 * 32 < largest
+
+
+@pytest.mark.parametrize(
+    "m, groups, local", [(64, 1, 1), (64, 4, 1), (64, 2, 2), (1500, 2, 2), (2500, 2, 2)]
+)
+def test_no_product_ahead_of_its_loop(m, groups, local):
+    """XLA hoists what all turns of a loop share, needed or not: with one group every tile was."""
+
+    def gradients(lhs, rhs, sizes, dout):
+        def product(lhs, rhs):
+            return pallas_kernels.gmm(lhs, rhs, sizes, group_offset=0, implementation="xla")
+
+        out, vjp = jax.vjp(product, lhs, rhs)
+        return out, vjp(dout)
+
+    shapes = [(m, 16), (local, 16, 24), (m, 24)]
+    lhs, rhs, dout = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+    sizes = jax.ShapeDtypeStruct((groups,), np.int32)
+    text = jax.jit(gradients).lower(lhs, rhs, sizes, dout).compile().as_text()
+    computations = {block.split()[0]: block for block in text.split("\n\n") if " {\n" in block}
+    entry = next(block for name, block in computations.items() if name == "ENTRY")
+    fused = [computations[name] for name in re.findall(r"calls=(%[\w.-]+)", entry)]
+    assert " dot(" in text
+    assert not any(" dot(" in block for block in [entry, *fused])
 
 
 def test_sharded_rows():
