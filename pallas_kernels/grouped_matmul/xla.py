@@ -4,9 +4,10 @@ The first C rows of every group form one block [g, C, k], multiplied by the weig
 C is one of a few static capacities, taken at run time from the sizes: about the mean for balanced
 groups, 0 for very uneven ones. What lies beyond is cut into tiles of the largest of a few static
 sizes, and at the end of each group one tile of the least size that holds what is left: one copy of
-the group's weights per tile, and one tile per group up to 2,048 rows. The tiles of one size are walked by a loop of their own, since control
-flow inside of a loop would copy the result in every turn. No array is larger than the operands
-and the result by more than a few rows per group, and no work is done for groups times rows.
+the group's weights per tile, and one tile per group up to 2,048 rows. The tiles of one size are
+walked by a loop of their own, since control flow inside of a loop would copy the result in every
+turn. No array is larger than the operands and the result by more than a few rows per group, and no
+work is done for groups times rows.
 """
 
 import functools
