@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+GROUPS_TOGETHER = 8
+"""Groups of one product: 32 groups of 8 take 0.18 ms at once and 0.10 by 8 (1,024 rows)."""
+
 
 def inner(x: Float[Array, "*rows D"], y: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
     """The sum of x * y over the last axis."""
@@ -16,13 +19,16 @@ def inner(x: Float[Array, "*rows D"], y: Float[Array, "*rows D"]) -> Float[Array
 
 
 def group_sums(x: Float[Array, "*rows G D"]) -> Float[Array, "*rows G"]:
-    """The sum over a last axis of few elements, in the type of x; on CPU a product with a matrix
-    of zeros and ones, which takes no kernel of its own."""
+    """The sum over a last axis of few elements, in the type of x; on CPU a product of some groups
+    at a time with a matrix of zeros and ones, which takes no kernel of its own."""
     groups, size = x.shape[-2:]
+    together = next((n for n in range(GROUPS_TOGETHER, 1, -1) if groups % n == 0), groups)
 
     def product(x):
-        ones = jnp.repeat(jnp.eye(groups, dtype=x.dtype), size, axis=0)
-        return jnp.einsum("...d,dg->...g", x.reshape(*x.shape[:-2], -1), ones, precision="highest")
+        ones = jnp.repeat(jnp.eye(together, dtype=x.dtype), size, axis=0)
+        parts = x.reshape(*x.shape[:-2], groups // together, together * size)
+        sums = jnp.matmul(parts, ones, precision="highest")
+        return sums.reshape(x.shape[:-1])
 
     return jax.lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axis=-1))
 

@@ -77,9 +77,10 @@ def rope_table(
 
 
 def rotate(
-    x: Float[Array, "B T H K"], table: Float[Array, "B T K"], layout: RopeLayout
+    x: Float[Array, "B T H K"], table: Float[Array, "#B T K"], layout: RopeLayout
 ) -> Float[Array, "B T H K"]:
-    """Rotates the pairs of features of x by the angles of `rope_table`, in float32."""
+    """Rotates the pairs of features of x by the angles of `rope_table`, in float32; a table of one
+    row is that of all."""
     cos, sin = jnp.split(table[:, :, None, :], 2, axis=-1)
     x32 = x.astype(jnp.float32)
     if layout is RopeLayout.HALF_SPLIT:

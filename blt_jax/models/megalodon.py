@@ -281,7 +281,7 @@ def block(
     sharding: ShardingRules,
     w: dict[str, Any],
     x: Float[Array, "B T D"],
-    rope: Float[Array, "B T K"],
+    rope: Float[Array, "#B L K"],
     attend: Callable,
     *,
     documents: Documents | None = None,
@@ -292,8 +292,8 @@ def block(
     key: jax.Array | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerState]:
     """One layer. w: its parameters (`block_parameters`). attend(q, k, v) gives the attention
-    output and what to keep of keys and values. lengths: of right-padded rows that start here and
-    whose moving average is wanted after their last token."""
+    output and what to keep of keys and values. rope: `rotation`. lengths: of right-padded rows
+    that start here and whose moving average is wanted after their last token."""
     eps, norms = config.norm_eps, dict(config=config, sharding=sharding)
     with jax.named_scope("timestep_norm"):
         if config.bidirectional:
@@ -313,6 +313,7 @@ def block(
     with jax.named_scope("attention"):
         normalised = config.attention is AttentionKind.NORMALISED
         q, k = (normalised_queries_keys if normalised else mega_queries_keys)(config, w, mixed)
+        rope = _along(rope, x.shape[1])
         q, k = (rotate(each, rope, config.rope.layout) for each in (q, k))
         v = jax.nn.silu(project(normed, w["value_kernel"]) + _along_rows(w["value_bias"], x))
         v = checkpoint_name(v, "qkv")
@@ -621,7 +622,7 @@ class Megalodon(NextTokenModel):
         if config.scale_embeddings:
             x *= math.sqrt(config.d_model)
         x = dropped(x, config.dropout, key, config.num_layers)
-        rope = rotation(config, tokens.shape, documents)
+        rope = rotation(config, tokens.shape[1], documents)
         x, states = run_blocks(
             config, self.sharding, self.is_initializing(), x, rope, documents, lengths, key
         )
@@ -655,14 +656,23 @@ class Megalodon(NextTokenModel):
         return self.config.num_layers * block_flops(self.config, context_length) + head
 
 
-def rotation(config, shape, documents: Documents | None) -> Float[Array, "B T K"]:
-    """Rotary table of rows from their start; chunks begin at position 0."""
-    position = (
-        lax.broadcasted_iota(jnp.int32, shape, 1) if documents is None else documents.position
-    )
+def rotation(config, length: int, documents: Documents | None) -> Float[Array, "#B L K"]:
+    """Rotary table of rows from their start; chunks begin at position 0.
+
+    L is the length, or without documents that of a chunk: every chunk of every row has the same.
+    """
+    reach = length if config.attention_window else min(config.chunk_size, length)
+    position = jnp.arange(reach)[None] if documents is None else documents.position
     if not config.attention_window:
         position = position % config.chunk_size
     return rope_table(position, config.rope, config.head_dim)
+
+
+def _along(rope: Float[Array, "#B L K"], length: int) -> Float[Array, "#B T K"]:
+    """The table of a chunk for all the chunks of rows; one of whole rows as it is."""
+    if rope.shape[1] == length:
+        return rope
+    return jnp.tile(rope, (1, -(-length // rope.shape[1]), 1))[:, :length]
 
 
 def block_flops(config: MegalodonConfig, context_length: int) -> float:

@@ -90,7 +90,7 @@ class MegalodonClassifier(Model):
         if config.scale_embeddings:
             x *= math.sqrt(config.d_model)
         x = dropped(x, config.dropout, key, config.num_layers)
-        rope = rotation(config, tokens.shape, documents)
+        rope = rotation(config, tokens.shape[1], documents)
         x, _ = run_blocks(
             config, self.sharding, self.is_initializing(), x, rope, documents, None, key
         )

@@ -27,7 +27,7 @@ from pallas_kernels.cema_scan.reference import Coefficients, Complex
 
 CHUNK = 32
 
-MAX_CHANNELS = 256
+MIN_CHANNELS, MAX_CHANNELS = 64, 256
 """Channels that are taken at a time, for all tokens: their tables stay in a cache."""
 
 SEGMENT = 256
@@ -94,7 +94,7 @@ def _by_channels(axes, out_axes):
         @functools.wraps(function)
         def over_blocks(*arguments, **options):
             width = arguments[0].shape[-1]
-            size = _channels_at_once(width)
+            size = _channels_at_once(arguments[0], arguments[1], options.get("keep", True))
             if size == width:
                 return function(*arguments, **options)
 
@@ -126,13 +126,16 @@ def _by_channels(axes, out_axes):
     return decorate
 
 
-def _channels_at_once(width: int) -> int:
-    """The largest divisor of the width up to MAX_CHANNELS; all where that is small, or where a mesh
-    partitions the channels."""
-    divisors = [n for n in range(1, min(width, MAX_CHANNELS) + 1) if width % n == 0]
-    if dispatch.automatically_partitioned() or divisors[-1] < MAX_CHANNELS // 4:
-        return width
-    return divisors[-1]
+def _channels_at_once(x_BTD: jax.Array, coefficients: Coefficients, gradients: bool) -> int:
+    """The largest divisor of the width up to MAX_CHANNELS, or without gradients up to as many as
+    have tables no larger than x; all where that is small, or where a mesh partitions the channels.
+    """
+    width, table_size = x_BTD.shape[2], CHUNK * (CHUNK + 4 * coefficients.decay_re.shape[1])
+    most = MAX_CHANNELS
+    if not gradients:
+        most = min(max(x_BTD.size // table_size, MIN_CHANNELS), MAX_CHANNELS)
+    size = next(n for n in range(min(width, most), 0, -1) if width % n == 0)
+    return width if dispatch.automatically_partitioned() or size < MIN_CHANNELS else size
 
 
 @_by_channels(axes=(2, 0, 1, None), out_axes=(2, 1, 3))
@@ -148,10 +151,10 @@ def forward(
     rows, length, width = x_BTD.shape
     tables = _tables(coefficients, length)
     num_kept = -(-length // SEGMENT) if keep else 0
+    most = _power_of_two(max(BLOCK_CHUNKS, BLOCK_CHANNELS // width) // rows) * CHUNK
 
     def outputs(start, size, carry):
         y_BTD, state, kept = carry
-        most = _power_of_two(max(BLOCK_CHUNKS, BLOCK_CHANNELS // width) // rows) * CHUNK
         for offset in range(0, size, most):
             chunks = _chunks(x_BTD, reset_BT, start + offset, min(most, size - offset), state.dtype)
             before, state = _states(chunks, tables, state)
@@ -164,7 +167,8 @@ def forward(
 
     state = _stacked(state_BDN)
     kept = jnp.zeros((num_kept, *state.shape), state.dtype)
-    y_BTD, state, kept = _walk(outputs, (jnp.zeros_like(x_BTD), state, kept), rows, length, width)
+    span = _span(rows, width) if keep else most
+    y_BTD, state, kept = _walk(outputs, (jnp.zeros_like(x_BTD), state, kept), length, span)
     if tail := length % CHUNK:
         start = length - tail
         if keep and start % SEGMENT == 0:
@@ -215,15 +219,19 @@ def backward(
         dx, d_coefficients, d_state_BDN = pullback((_cut(dy_BTD, start, tail), d_state_BDN))
         dx_BTD, d_state = _put(dx_BTD, dx, start), _stacked(d_state_BDN)
     carry = dx_BTD, d_tables, d_state
-    dx_BTD, d_tables, d_state = _walk(gradients, carry, rows, length, width, reverse=True)
+    span = _span(rows, width)
+    dx_BTD, d_tables, d_state = _walk(gradients, carry, length, span, reverse=True)
     (d_more,) = tables_pullback(d_tables)
     return dx_BTD, jax.tree.map(jnp.add, d_coefficients, d_more), _pair(d_state)
 
 
-def _walk(step, carry, rows: int, length: int, width: int, reverse: bool = False):
-    """carry = step(start, size, carry) over the spans that hold all whole chunks of a row."""
-    segments = min(_power_of_two(SPAN_CHANNELS // (rows * width)), MAX_SPAN_SEGMENTS)
-    size = segments * SEGMENT
+def _span(rows: int, width: int) -> int:
+    """Tokens that are taken at once where states are kept or gradients are taken."""
+    return min(_power_of_two(SPAN_CHANNELS // (rows * width)), MAX_SPAN_SEGMENTS) * SEGMENT
+
+
+def _walk(step, carry, length: int, size: int, reverse: bool = False):
+    """carry = step(start, size, carry) over spans of `size` tokens and the whole chunks behind."""
     spans, rest = length // size, length % size // CHUNK * CHUNK
 
     def body(i, carry):

@@ -7,7 +7,7 @@ import pytest
 
 from blt_jax.layers.reductions import drop_unit_axes, group_sums, inner
 
-SHAPES = [(3, 4, 5), (1, 7, 8), (2, 1, 3, 16), (1, 1, 6), (9,), (0, 4)]
+SHAPES = [(3, 4, 5), (1, 7, 8), (2, 1, 3, 16), (1, 1, 6), (9,), (0, 4), (5, 32, 8), (2, 22, 3)]
 
 
 def rows(shape, seed):

@@ -304,6 +304,7 @@ class TestXLA(Scan):
         shape = Shape(name="wide", rows=2, length=300, width=width, size=3, resets=resets)
         arguments = make_arguments(shape)
         whole = self.run(arguments)
+        monkeypatch.setattr(xla, "MIN_CHANNELS", 2)
         monkeypatch.setattr(xla, "MAX_CHANNELS", 4)
         jax.clear_caches()  # or the traces of before are taken
         blocks = self.run(arguments)
@@ -312,6 +313,17 @@ class TestXLA(Scan):
         assert ("f32[2,300,4]" in program) == (width == 12)  # 7 has no divisor
         assert_all_close(blocks, whole, 1e-6)
         assert_all_close(blocks[0], numpy_scan(arguments), 1e-5)
+
+    def test_a_value_alone_takes_little_memory(self):
+        """Tables no larger than the tokens: of all channels at once they are five times that."""
+        shape = Shape(name="long", rows=1, length=1024, width=256, size=16, resets=None)
+        arguments = make_arguments(shape)
+        floats = (arguments.x, arguments.coefficients, arguments.state)
+        value = jax.jit(function_of(arguments, self.implementation)).lower(*floats).compile()
+        assert value.memory_analysis().temp_size_in_bytes < 2 * arguments.x.nbytes
+        y, _ = value(*floats)
+        (z, _), _ = self.run(arguments)
+        assert_all_close(y, z, 1e-6)
 
 
 class Kernels(Scan):
