@@ -313,7 +313,7 @@ def block(
     with jax.named_scope("attention"):
         normalised = config.attention is AttentionKind.NORMALISED
         q, k = (normalised_queries_keys if normalised else mega_queries_keys)(config, w, mixed)
-        rope = _along(rope, x.shape[1])
+        rope = _of_all_chunks(rope, x.shape[1])
         q, k = (rotate(each, rope, config.rope.layout) for each in (q, k))
         v = jax.nn.silu(project(normed, w["value_kernel"]) + _along_rows(w["value_bias"], x))
         v = checkpoint_name(v, "qkv")
@@ -668,7 +668,7 @@ def rotation(config, length: int, documents: Documents | None) -> Float[Array, "
     return rope_table(position, config.rope, config.head_dim)
 
 
-def _along(rope: Float[Array, "#B L K"], length: int) -> Float[Array, "#B T K"]:
+def _of_all_chunks(rope: Float[Array, "#B L K"], length: int) -> Float[Array, "#B T K"]:
     """The table of a chunk for all the chunks of rows; one of whole rows as it is."""
     if rope.shape[1] == length:
         return rope

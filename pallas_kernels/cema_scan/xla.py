@@ -87,7 +87,7 @@ def _by_channels(axes, out_axes):
     """Decorates a function so that it is called for some channels at a time.
 
     axes, out_axes: where each argument and each result has its channels, None for an argument
-    without; the first argument has them last.
+    without; the first two arguments are x_BTD and the coefficients.
     """
 
     def decorate(function):

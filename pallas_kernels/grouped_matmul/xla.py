@@ -149,6 +149,9 @@ class _Tile:
         and weights, XLA would multiply them ahead of the loop, needed or not.
         """
         x, _ = lax.optimization_barrier((x, self._turn))
+        return self._cut(x)
+
+    def _cut(self, x) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, self._start, self._size)
 
     def own_rows(self, x) -> jax.Array:
@@ -161,8 +164,7 @@ class _Tile:
 
     def put(self, out, rows) -> jax.Array:
         """out [m, width] with the group's own of `rows`."""
-        others = lax.dynamic_slice_in_dim(out, self._start, self._size)
-        rows = jnp.where(self._own[:, None], rows, others)
+        rows = jnp.where(self._own[:, None], rows, self._cut(out))
         return lax.dynamic_update_slice_in_dim(out, rows, self._start, 0)
 
     def add(self, out, product) -> jax.Array:
