@@ -127,15 +127,15 @@ def _by_channels(axes, out_axes):
 
 
 def _channels_at_once(x_BTD: jax.Array, coefficients: Coefficients, gradients: bool) -> int:
-    """The largest divisor of the width up to MAX_CHANNELS, or without gradients up to as many as
-    have tables no larger than x; all where that is small, or where a mesh partitions the channels.
-    """
+    """The largest divisor of the width within the bounds, without gradients the largest whose
+    tables are no larger than x, or the least; all channels where there is none, or where a mesh
+    partitions them."""
     width, table_size = x_BTD.shape[2], CHUNK * (CHUNK + 4 * coefficients.decay_re.shape[1])
-    most = MAX_CHANNELS
-    if not gradients:
-        most = min(max(x_BTD.size // table_size, MIN_CHANNELS), MAX_CHANNELS)
-    size = next(n for n in range(min(width, most), 0, -1) if width % n == 0)
-    return width if dispatch.automatically_partitioned() or size < MIN_CHANNELS else size
+    sizes = [n for n in range(MIN_CHANNELS, MAX_CHANNELS + 1) if width % n == 0]
+    if dispatch.automatically_partitioned() or not sizes:
+        return width
+    most = MAX_CHANNELS if gradients else x_BTD.size // table_size
+    return max((n for n in sizes if n <= most), default=sizes[0])
 
 
 @_by_channels(axes=(2, 0, 1, None), out_axes=(2, 1, 3))

@@ -314,6 +314,22 @@ class TestXLA(Scan):
         assert_all_close(blocks, whole, 1e-6)
         assert_all_close(blocks[0], numpy_scan(arguments), 1e-5)
 
+    @pytest.mark.parametrize(
+        "shape, gradients, expected",
+        [
+            ((1, 1024, 256), True, 256),
+            ((1, 1024, 256), False, 64),  # 85 tables are as large as x
+            ((8, 512, 256), False, 256),
+            ((1, 64, 1000), True, 250),
+            ((1, 64, 1000), False, 100),  # the least divisor from 64 on
+            ((1, 1024, 37), False, 37),
+            ((1, 1024, 509), True, 509),
+        ],
+    )
+    def test_channels_at_once(self, shape, gradients, expected):
+        coefficients = xla.Coefficients(*(jnp.zeros((shape[2], 16)),) * 5)
+        assert xla._channels_at_once(jnp.zeros(shape), coefficients, gradients) == expected
+
     def test_a_value_alone_takes_little_memory(self):
         """Tables no larger than the tokens: of all channels at once they are five times that."""
         shape = Shape(name="long", rows=1, length=1024, width=256, size=16, resets=None)
