@@ -85,6 +85,7 @@ from blt_jax.models.megalodon_memory import (
     EmaCoefficients,
     NormState,
     State,
+    decayed,
     documents_of,
     ema_coefficients,
     group_norm,
@@ -293,7 +294,7 @@ def block(
 ) -> tuple[Float[Array, "B T D"], LayerState]:
     """One layer. w: its parameters (`block_parameters`). attend(q, k, v) gives the attention
     output and what to keep of keys and values. rope: `rotation`. lengths: of right-padded rows
-    that start here and whose moving average is wanted after their last token."""
+    whose moving average is wanted after their last token."""
     eps, norms = config.norm_eps, dict(config=config, sharding=sharding)
     with jax.named_scope("timestep_norm"):
         if config.bidirectional:
@@ -348,9 +349,15 @@ def _averaged(config, sharding, w, x, documents, lengths, coefficients, state):
     if lengths is None:
         averaged, state = average(x, coefficients, state, reset)
     else:
+        # Past its last token a row's state would decay on: read it off rows that end together.
         aligned = _shift_rows(x, x.shape[1] - lengths)
-        averaged, state = average(aligned, coefficients, None, None)
-        averaged = _shift_rows(averaged, lengths - x.shape[1])
+        averaged, ended = average(aligned, coefficients, None, None)
+        if state is None:
+            averaged, state = _shift_rows(averaged, lengths - x.shape[1]), ended
+        else:
+            averaged, _ = average(x, coefficients, state, None)
+            before = decayed(coefficients, state, lengths, x.shape[1])
+            state = jax.tree.map(jnp.add, before, ended)
     if config.bidirectional:
         backward = ema_coefficients(config, _backward_names(w))
         averaged += average(x[:, ::-1], backward, None, None)[0][:, ::-1]

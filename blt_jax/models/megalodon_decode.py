@@ -30,6 +30,7 @@ from blt_jax.models.megalodon import (
 )
 from blt_jax.models.megalodon_config import MegalodonConfig
 from blt_jax.models.megalodon_memory import (
+    Documents,
     ema_coefficients,
     fresh_norm_state,
     timestep_norm,
@@ -77,9 +78,10 @@ def attend_with_cache(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H J"],
+    counts: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T H J"], LayerCache]:
     """New tokens after `lengths` known ones: attention over kept and new keys, which may lie in
-    two chunks, and the cache with the new ones in it."""
+    two chunks, and the cache with the first `counts` new ones in it; None: all of them."""
     T, slots, start = q.shape[1], config.reach, jnp.zeros_like(lengths)
     new_BT = lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     position_BS = jnp.concatenate([ring_index(start, lengths, slots)[0], new_BT], axis=1)
@@ -96,7 +98,8 @@ def attend_with_cache(
     )
     out = full_attention(config, q, keys, values, mask)
     # Which of the kept and new tokens lies in each slot afterwards.
-    after_BS = ring_index(start, lengths + T, slots)[0]
+    end = lengths + (T if counts is None else counts)
+    after_BS = ring_index(start, end, slots)[0]
     index = jnp.where(
         after_BS < lengths[:, None], jnp.arange(slots), slots + after_BS - lengths[:, None]
     )
@@ -183,8 +186,8 @@ class MegalodonDecoder:
         """Reads the first `lengths` tokens of every row, in pieces: logits after the last of each.
 
         Memory does not grow with T beyond the tokens themselves. Rows may have read different
-        numbers of tokens; a piece of which a row has a part is read token by token. Outside jit,
-        raises ValueError for ids outside the vocabulary, rows without room, and a cache that is
+        numbers of tokens; a piece of which a row has a part takes a second moving average. Outside
+        jit, raises ValueError for ids outside the vocabulary, rows without room, and a cache that is
         not this model's or has NaN.
         """
         check_cache(self.model.config, cache, tokens.shape[0])
@@ -193,17 +196,15 @@ class MegalodonDecoder:
         size = min(tokens.shape[1], self.model.config.reach, PIECE)
         empty = jnp.zeros((B, self.model.config.d_model), self.model.config.precision.dtype)
 
-        def by_token(tokens, cache, counts):
-            def body(index, state):
-                x, cache = decoder._piece(tokens[:, index][:, None], state[1], index < counts)
-                return state[0].at[:, index].set(x[:, 0]), cache
-
-            hidden = jnp.repeat(empty[:, None], size, axis=1)
-            return jax.lax.fori_loop(0, jnp.max(counts), body, (hidden, cache))
-
         def read(tokens, cache, counts):
-            whole = lambda tokens, cache, counts: decoder._piece(tokens, cache)  # noqa: E731
-            return jax.lax.cond(jnp.all(counts == size), whole, by_token, tokens, cache, counts)
+            def whole(tokens, cache, counts):
+                del counts
+                return decoder._piece(tokens, cache)
+
+            def part(tokens, cache, counts):
+                return decoder._piece(tokens, cache, counts=counts)
+
+            return jax.lax.cond(jnp.all(counts == size), whole, part, tokens, cache, counts)
 
         hidden, cache = step.extend_in_pieces(read, tokens, lengths, (empty, cache), size)
         return self.model.token_logits(self.params, hidden), cache
@@ -244,21 +245,27 @@ class MegalodonDecoder:
         hidden, cache = self.prepare()._piece(tokens[:, None], cache, active)
         return self.model.token_logits(self.params, hidden[:, 0]), cache
 
-    def _piece(self, tokens, cache, active=None):
-        """All layers over the next tokens [B, T] of every row; T = 1 where `active` is given."""
+    def _piece(self, tokens, cache, active=None, counts=None):
+        """All layers over the next tokens [B, T] of every row, or over the first `counts` of them;
+        T = 1 where `active` is given."""
         config, params = self.model.config, self.params
         sharding = dataclasses.replace(self.model.sharding, length=())
         x = look_up(params["embed"]["table"], tokens, sharding).astype(config.precision.dtype)
         if config.scale_embeddings:
             x *= config.d_model**0.5
-        position = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        index_1T = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        position = cache.lengths[:, None] + index_1T
         if not config.attention_window:
             position = position % config.chunk_size
         rope = rope_table(position, config.rope, config.head_dim)
+        documents, read = None, tokens.shape[1] if active is None else active.astype(jnp.int32)
+        if counts is not None:
+            read, real = counts, index_1T < counts[:, None]
+            documents = Documents(real, jnp.zeros_like(real), position, real)
         layers = []
         for w, state in zip(self.weights, cache.layers, strict=True):
             arguments = (config, state.attention, cache.lengths)
-            attend = functools.partial(attend_with_cache, *arguments)
+            attend = functools.partial(attend_with_cache, *arguments, counts=counts)
             if active is not None:
                 attend = functools.partial(attend_step, *arguments, active)
             x, after = block(
@@ -268,15 +275,17 @@ class MegalodonDecoder:
                 x,
                 rope,
                 attend,
+                documents=documents,
                 norm_state=state.norm,
                 ema_state=state.ema,
+                lengths=counts,
                 coefficients=w["coefficients"],
             )
             layers.append(_keep(active, after, state))
         norms = dict(config=config, sharding=sharding)
-        x, norm = timestep_norm(x, params, "norm", cache.norm, None, **norms)
-        lengths = cache.lengths + (tokens.shape[1] if active is None else active.astype(jnp.int32))
-        return x, MegalodonCache(tuple(layers), _select(active, norm, cache.norm), lengths)
+        x, norm = timestep_norm(x, params, "norm", cache.norm, documents, **norms)
+        norm = _select(active, norm, cache.norm)
+        return x, MegalodonCache(tuple(layers), norm, cache.lengths + read)
 
 
 def _keep(active, after: LayerState, before: LayerState) -> LayerState:

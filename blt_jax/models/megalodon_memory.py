@@ -94,6 +94,19 @@ def ema_step(x: Float[Array, "B D"], c: EmaCoefficients, state: State) -> tuple[
     return y.astype(x.dtype), (re, im)
 
 
+def decayed(
+    c: EmaCoefficients, state: State, steps: Int[Array, " B"], most: int
+) -> tuple[jax.Array, jax.Array]:
+    """The state [B, D, N] after `steps` tokens of 0, at most `most`: by squaring."""
+    factor = c.decay_re[None], c.decay_im[None]
+    for bit in range(most.bit_length()):
+        taken = ((steps >> bit) & 1).astype(bool)[:, None, None]
+        after = _multiply(factor, state)
+        state = tuple(jnp.where(taken, a, b) for a, b in zip(after, state, strict=True))
+        factor = _multiply(factor, factor)
+    return state
+
+
 def moving_average(
     x: Float[Array, "B T D"],
     coefficients: EmaCoefficients,

@@ -111,18 +111,27 @@ def test_rows_of_different_lengths_extend_together():
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_prompts_of_different_lengths_after_prompts():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2},
+        {"attention_window": 5, "prior_count": 3},
+        {"gate": megalodon.GateKind.MEGA, "attention": megalodon.AttentionKind.LAPLACE},
+        {"ema": megalodon.EmaKind.NONE, "norm": megalodon.NormKind.LAYER},
+    ],
+)
+def test_prompts_of_different_lengths_after_prompts(options):
     """Some rows have whole pieces, others parts of them or nothing."""
-    decoder, tokens = decoder_of(), tokens_of()
+    decoder, tokens, full = decoder_of(**options), tokens_of(), full_logits(**options)
     first, second = jnp.asarray([2, 7, 10]), jnp.asarray([18, 1, 8])
     _, cache = jax.jit(MegalodonDecoder.prefill)(decoder, tokens[:, :10], first)
     rest = jnp.stack([tokens[row, n : n + 18] for row, n in enumerate(first.tolist())])
     logits, cache = jax.jit(MegalodonDecoder.extend)(decoder, rest, second, cache)
     end = first + second
-    np.testing.assert_allclose(logits, full_logits()[jnp.arange(3), end - 1], atol=1e-5)
+    np.testing.assert_allclose(logits, full[jnp.arange(3), end - 1], atol=1e-5)
     token = tokens[jnp.arange(3), end]
     logits, _ = jax.jit(MegalodonDecoder.step)(decoder, token, cache)
-    np.testing.assert_allclose(logits, full_logits()[jnp.arange(3), end], atol=1e-5)
+    np.testing.assert_allclose(logits, full[jnp.arange(3), end], atol=1e-5)
 
 
 def test_inactive_rows_keep_their_cache_and_rows_can_be_taken():
