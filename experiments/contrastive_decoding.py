@@ -123,19 +123,27 @@ def _problems(kind: AmateurKind) -> ContrastiveProblems:
     )
 
 
-def proof() -> AmateurComparison:
-    """Five kinds of amateurs beside the expert alone, on arithmetic stories (8 min)."""
-    judged = (
-        *(AmateurKind.SMALL, AmateurKind.EARLY, AmateurKind.EQUAL),
-        *(AmateurKind.PROMPT, AmateurKind.SHORTENED),
-    )
+def _beside_expert(*judged: AmateurKind) -> AmateurComparison:
+    """Kinds of amateurs beside the expert alone, on arithmetic stories."""
     kinds = [("expert", AmateurKind.NONE), *((kind.value, kind) for kind in judged)]
     return AmateurComparison(runs=tuple((name, _problems(kind)) for name, kind in kinds))
+
+
+def proof() -> AmateurComparison:
+    """Five kinds of amateurs beside the expert alone, on arithmetic stories (8 min)."""
+    models = AmateurKind.SMALL, AmateurKind.EARLY, AmateurKind.EQUAL
+    return _beside_expert(*models, AmateurKind.PROMPT, AmateurKind.SHORTENED)
 
 
 def proof_seeds() -> AmateurComparison:
     """`proof` over three seeds (24 min)."""
     return dataclasses.replace(proof(), seeds=(0, 1, 2))
+
+
+def weak_amateurs() -> AmateurComparison:
+    """3-grams, and the small model after an example with the shortcut, over three seeds (21 min)."""
+    kinds = AmateurKind.NGRAM, AmateurKind.SMALL_PROMPT
+    return dataclasses.replace(_beside_expert(*kinds), seeds=(0, 1, 2))
 
 
 def proof_text() -> ContrastiveText:
@@ -156,7 +164,7 @@ def gsm8k() -> ContrastiveQuestions:
     )
 
 
-RUNS = (smoke, text_smoke, tiny, proof, proof_seeds, proof_text, gsm8k)
+RUNS = (smoke, text_smoke, tiny, proof, proof_seeds, weak_amateurs, proof_text, gsm8k)
 
 
 def get_config(run: str = "tiny") -> Experiment:
