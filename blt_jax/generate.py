@@ -3,7 +3,8 @@
 The model is that of a run (--workdir) or of a converted or Hugging Face folder (--model). Without
 --prompt, prompts are read from the terminal until an empty line or Ctrl-D. With --window they are
 one conversation without end, at constant memory: each one comes after all that was said before, of
-which the model keeps the --sinks first and the --window last tokens.
+which the model keeps the --sinks first and the --window last tokens. A Megalodon keeps a state of
+constant size by itself and holds a conversation with --conversation.
 """
 
 import dataclasses
@@ -28,14 +29,31 @@ class LoadedModel:
     entropy_model: Any = None
     entropy_params: Any = None
 
-    def decoder(self, capacity: int, streaming: Any = None):
+    @property
+    def endless(self) -> bool:
+        """Whether rows may be as long as counters reach, without a StreamingConfig."""
+        from blt_jax.models.megalodon import Megalodon
+
+        return isinstance(self.model, Megalodon)
+
+    def decoder(self, capacity: int, streaming: Any = None, truncate_chunks: int = 0):
         """The model's Decoder for rows of at most `capacity` tokens, or with a StreamingConfig for
-        rows without end; ValueError or TypeError for a model that cannot do that."""
+        rows without end; truncate_chunks: of a Megalodon's TruncatedDecoder, 0 for none. ValueError
+        or TypeError for a model that cannot do that."""
         from blt_jax.decoding.decoder import token_decoder
         from blt_jax.decoding.streaming_blt import StreamingBLTDecoder
         from blt_jax.decoding.streaming_decoder import streaming_decoder
         from blt_jax.models.blt_decode import BLTDecoder
+        from blt_jax.models.megalodon import Megalodon
+        from blt_jax.models.megalodon_truncated import TruncatedDecoder
 
+        if truncate_chunks:
+            if not isinstance(self.model, Megalodon):
+                raise TypeError(
+                    f"truncate_chunks={truncate_chunks}: the model is a "
+                    f"{type(self.model).__name__}, only a Megalodon has statistics to replace"
+                )
+            return TruncatedDecoder.create(self.model, self.params, capacity, truncate_chunks)
         if self.patcher is None:
             if streaming is not None:
                 return streaming_decoder(self.model, self.params, streaming)
@@ -128,6 +146,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_integer("window", 0, window_help, 0, flag_values=values)
     sinks_help = "first tokens (patches) that a conversation keeps beside the last ones"
     flags.DEFINE_integer("sinks", 4, sinks_help, 0, flag_values=values)
+    conversation_help = "each prompt comes after all before; a model that is no Megalodon: --window"
+    flags.DEFINE_bool("conversation", False, conversation_help, flag_values=values)
+    chunks_help = "of a Megalodon: from which on its norms forget old ones, 8 as released; 0: never"
+    flags.DEFINE_integer("truncate_chunks", 0, chunks_help, 0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the random draws", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "continuations per prompt", 1, flag_values=values)
     flags.DEFINE_bool("averaged", False, "averaged parameters of a run", flag_values=values)
@@ -139,6 +161,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise flags.Error("give --workdir=<run> or --model=<folder>, one of them")
     if values["sinks"].present and not values.window:
         raise flags.Error(f"--sinks={values.sinks}: needs --window")
+    if values.truncate_chunks and values.window:
+        raise flags.Error(f"--truncate_chunks={values.truncate_chunks}: not with --window")
     return values
 
 
@@ -166,8 +190,9 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         loaded = load(pathlib.Path(values.workdir or values.model), values.averaged)
-        make_decoder = functools.partial(loaded.decoder, streaming=streaming)
-        settings = (sampling, values.max_new_bytes, values.num_samples, streaming is not None)
+        conversation = values.conversation or streaming is not None
+        make_decoder = _make_decoder(loaded, streaming, values.truncate_chunks, conversation)
+        settings = (sampling, values.max_new_bytes, values.num_samples, conversation)
         generator = Generator(make_decoder, loaded.tokenizer, *settings)
         prompts = [values.prompt] if values.prompt is not None else _read_prompts()
         for number, prompt in enumerate(prompts):
@@ -181,6 +206,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _make_decoder(loaded: LoadedModel, streaming: Any, truncate_chunks: int, conversation: bool):
+    """(capacity) -> Decoder, of a conversation one whose rows never run full."""
+    options = dict(streaming=streaming, truncate_chunks=truncate_chunks)
+    if not conversation or streaming is not None:
+        return functools.partial(loaded.decoder, **options)
+    if not loaded.endless:
+        name = type(loaded.model).__name__
+        raise ValueError(f"--conversation: a {name} needs --window as well")
+    decoder = loaded.decoder(2**31 - 1, **options)
+    return lambda capacity: decoder
 
 
 def _read_prompts():

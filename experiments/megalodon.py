@@ -21,6 +21,7 @@ from blt_jax.dist.mesh import MeshConfig
 from blt_jax.layers.model import ModelConfig
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import llama3, megalodon
+from blt_jax.models.megalodon_truncated import CHUNKS
 from blt_jax.recipes.language_model import LanguageModel
 from blt_jax.recipes.long_context import ChunkBoundaries, LongContext, Recall
 from blt_jax.train.checkpoint import CheckpointingConfig
@@ -64,6 +65,7 @@ def smoke() -> LongContext:
         prompts=("def ",),
         sample_tokens=16,
         long_length=128,
+        truncate_chunks=4,
         long_rows=1,
         bucket=32,
     )
@@ -156,6 +158,12 @@ def proof() -> Comparison:
 def proof_seeds() -> Comparison:
     """`proof` over three seeds (42 min)."""
     return dataclasses.replace(proof(), seeds=(0, 1, 2))
+
+
+def truncation() -> LongContext:
+    """The proof's Megalodon reads on with the statistics of its last 6 to 8 chunks (4 min)."""
+    training = _long(proof_megalodon(), recall(recall_megalodon()), 2e-3)
+    return dataclasses.replace(training, recall=None, truncate_chunks=CHUNKS)
 
 
 ABLATIONS = {
@@ -259,7 +267,7 @@ def megalodon_7b_v5p_64() -> LanguageModel:
 
 PAPER = (mega_200m, mega_1_3b, megalodon_7b, megalodon_7b_v5p_64)
 ABLATION = (ablation, ablation_seeds, recall_ablation, recall_ablation_seeds)
-RUNS = (smoke, tiny, proof, proof_seeds, *ABLATION, *PAPER)
+RUNS = (smoke, tiny, proof, proof_seeds, truncation, *ABLATION, *PAPER)
 
 
 def get_config(run: str = "tiny") -> Experiment:

@@ -100,9 +100,24 @@ def test_prompts_are_read_until_an_empty_line(llama_folder, capsys, monkeypatch)
     assert err.count("compiled") == 1, "both prompts have one padded length"
 
 
+def check_conversation(decoder, tokenizer, lines, out):
+    """After every line 5 bytes, the most probable ones of the decoder that has read all before
+    token by token; returns its cache."""
+    decoder = decoder.prepare()
+    cache, logits, step = decoder.new_cache(1), None, jax.jit(type(decoder).step)
+    for number, line in enumerate(lines):
+        for token in tokenizer.encode(line, bos=number == 0):
+            logits, cache = step(decoder, jnp.asarray([token]), cache)
+        answer = []
+        for _ in range(5):
+            answer.append(int(logits[0].argmax()))
+            logits, cache = step(decoder, jnp.asarray(answer[-1:]), cache)
+        assert f"{line}{tokenizer.decode(answer).decode(errors='replace')}\n" in out
+    return cache
+
+
 @pytest.mark.parametrize("sinks", [2, 0])
 def test_prompts_are_one_conversation_at_constant_memory(sinks, llama_folder, capsys, monkeypatch):
-    """Of the ring that has read the whole text every byte is the most probable one."""
     lines = ["import", "x" * 70, "class A"]
     answers = iter([*lines, ""])
     monkeypatch.setattr(builtins, "input", lambda _: next(answers))
@@ -113,26 +128,42 @@ def test_prompts_are_one_conversation_at_constant_memory(sinks, llama_folder, ca
 
     loaded = generate.load(llama_folder)
     config = streaming_llm.sinks(2, 8) if sinks else streaming_llm.window(8)
-    decoder = loaded.decoder(0, config).prepare()
-    cache, text, logits = decoder.new_cache(1), "", None
-    step = jax.jit(type(decoder).step)
-    for line in lines:
-        for token in loaded.tokenizer.encode(line, bos=not text):
-            logits, cache = step(decoder, jnp.asarray([token]), cache)
-        text, answer = text + line, []
-        for _ in range(5):
-            answer.append(int(logits[0].argmax()))
-            logits, cache = step(decoder, jnp.asarray(answer[-1:]), cache)
-        expected = loaded.tokenizer.decode(answer).decode(errors="replace")
-        assert f"{line}{expected}\n" in out
+    cache = check_conversation(loaded.decoder(0, config), loaded.tokenizer, lines, out)
     assert cache.layers[0].slots == sinks + 8
 
 
-def test_a_megalodon_needs_no_window(tmp_path, capsys):
-    config = megalodon.small(vocab_size=260, num_layers=1, d_model=16, chunk_size=8)
-    model_files.save_model(tmp_path / "model", *made(config))
-    assert run(f"--model={tmp_path / 'model'}", "--prompt=a", "--window=8") == 1
+@pytest.fixture(scope="module")
+def megalodon_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "megalodon"
+    model, params = made(megalodon.small(vocab_size=260, num_layers=1, d_model=16, chunk_size=4))
+    # Norms that matter, so that other statistics give other text.
+    params["layers"]["norm_weight"] += 3.0
+    model_files.save_model(path, model, params)
+    return path
+
+
+@pytest.mark.parametrize("truncate_chunks", [0, 4])
+def test_a_megalodon_holds_a_conversation(truncate_chunks, megalodon_folder, capsys, monkeypatch):
+    lines = ["import", "x" * 33, "class A"]
+    answers = iter([*lines, ""])
+    monkeypatch.setattr(builtins, "input", lambda _: next(answers))
+    flags = (f"--model={megalodon_folder}", "--max_new_bytes=5", "--temperature=0")
+    assert run(*flags, "--conversation", f"--truncate_chunks={truncate_chunks}") == 0
+    out = capsys.readouterr().out
+
+    loaded = generate.load(megalodon_folder)
+    decoder = loaded.decoder(2**31 - 1, truncate_chunks=truncate_chunks)
+    check_conversation(decoder, loaded.tokenizer, lines, out)
+
+
+def test_what_a_model_cannot_do(megalodon_folder, llama_folder, capsys):
+    flags = (f"--model={llama_folder}", "--prompt=a")
+    assert run(f"--model={megalodon_folder}", "--prompt=a", "--window=8") == 1
     assert "constant size already" in capsys.readouterr().err
+    assert run(*flags, "--conversation") == 1
+    assert "--conversation: a Llama3 needs --window" in capsys.readouterr().err
+    assert run(*flags, "--truncate_chunks=8") == 1
+    assert "truncate_chunks=8: the model is a Llama3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -146,6 +177,7 @@ def test_a_megalodon_needs_no_window(tmp_path, capsys):
         (("--model=a", "extra"), "extra"),
         (("--model=a", "--sinks=2"), "--sinks=2: needs --window"),
         (("--model=a", "--window=-1"), "window"),
+        (("--model=a", "--window=8", "--truncate_chunks=8"), "not with --window"),
     ],
 )
 def test_wrong_command_lines(arguments, message, capsys):

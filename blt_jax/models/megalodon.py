@@ -19,6 +19,7 @@ What each part does                      EmaKind.NONE, NormKind.LAYER, ResidualK
 Mega, section 3.2 (attention, gates)     GateKind.MEGA, AttentionKind
 Section 4.4 (LRA, bidirectional)         MegalodonConfig.bidirectional, megalodon_classifier
 Inference with a constant state          megalodon_decode
+Statistics of recent chunks (release)    megalodon_truncated
 
 Departures: the released code rather than Eq. 2, whose input term has the phase as well: other
 implementations read weights so, and it is a rotation of gamma (`input_phase=True` has Eq. 2).
@@ -27,9 +28,7 @@ chunks may be short, so that a row may have any length.
 
 Of Mega's block there is what can be exchanged alone: the real average, the gate with the SiLU of
 the candidate before it, and the attention functions. The residual keeps two hops, and rotation
-stands for Mega's position bias. Not here: the release's replacing of the statistics, after eight
-chunks of generation, by those of the last six. The paper does not know it, the tokens of six chunks
-would have to be kept and read again, and what a stream gives would depend on where it was cut.
+stands for Mega's position bias.
 
 Measured (experiments/megalodon.py:proof_seeds, 2 CPU cores, 2026-11-22, three seeds): trained on
 rows of 512 bytes, 1.869 bits per byte there and 1.839 +- 0.021 from 512 to 8,192; a Llama of equal

@@ -120,7 +120,7 @@ def attend_step(
     """`attend_with_cache` of one token, for few rows; rows not `active` keep their cache."""
     if config.elementwise:
         out, after = attend_with_cache(config, cache, lengths, q, k, v)
-        return out, _select(active, after, cache)
+        return out, select_rows(active, after, cache)
     slots = config.reach
     slot = jnp.where(active, lengths % slots, slots)
     cache = cache.write(k[:, 0], v[:, 0], slot)
@@ -187,8 +187,8 @@ class MegalodonDecoder:
 
         Memory does not grow with T beyond the tokens themselves. Rows may have read different
         numbers of tokens; a piece of which a row has a part takes a second moving average. Outside
-        jit, raises ValueError for ids outside the vocabulary, rows without room, and a cache that is
-        not this model's or has NaN.
+        jit, raises ValueError for ids outside the vocabulary, rows without room, and a cache that
+        is not this model's or has NaN.
         """
         check_cache(self.model.config, cache, tokens.shape[0])
         step.check_extension(tokens, lengths, cache.lengths, self.capacity, self.vocab_size)
@@ -284,17 +284,18 @@ class MegalodonDecoder:
             layers.append(_keep(active, after, state))
         norms = dict(config=config, sharding=sharding)
         x, norm = timestep_norm(x, params, "norm", cache.norm, documents, **norms)
-        norm = _select(active, norm, cache.norm)
+        norm = select_rows(active, norm, cache.norm)
         return x, MegalodonCache(tuple(layers), norm, cache.lengths + read)
 
 
 def _keep(active, after: LayerState, before: LayerState) -> LayerState:
     """The state after a step, of rows not `active` that before it; attention has done so."""
-    ema, norm = _select(active, (after.ema, after.norm), (before.ema, before.norm))
+    ema, norm = select_rows(active, (after.ema, after.norm), (before.ema, before.norm))
     return LayerState(after.attention, ema, norm)
 
 
-def _select(active, after, before):
+def select_rows(active: Bool[Array, " B"] | None, after: Any, before: Any) -> Any:
+    """`after` in the rows that are active, else `before`; None: all are."""
     if active is None:
         return after
     return jax.tree.map(

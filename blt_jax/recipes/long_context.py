@@ -6,7 +6,7 @@ a few letters at the start of a row has to be named again after noise.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from blt_jax.data.synthetic import RECALL_VOCABULARY, GeneratedBatches, recall_r
 from blt_jax.layers.losses import target_nats
 from blt_jax.layers.model import Model
 from blt_jax.models.megalodon_config import MegalodonConfig
+from blt_jax.models.megalodon_truncated import TruncatedDecoder
 from blt_jax.recipes.language_model import LanguageModel
 from blt_jax.train.evaluate import bits_per_byte
 from blt_jax.train.pretraining import Context, EvaluationConfig, Fit, Pretraining
@@ -96,16 +97,23 @@ class LongContext(LanguageModel):
     """`LanguageModel`, then its loss on rows of `long_length` bytes of one document each.
 
     long_rows: how many at least, of the validation split. bucket: positions per point of the
-    figure. recall: the training on the recall task; None: without.
+    figure. recall: the training on the recall task; None: without. truncate_chunks: of a second
+    reading of a Megalodon's rows, by `megalodon_truncated`; 0: without.
     """
 
     long_length: int = 8192
     long_rows: int = 8
     bucket: int = 256
     recall: Recall | None = None
+    truncate_chunks: int = 0
 
     def __post_init__(self):
         super().__post_init__()
+        if self.truncate_chunks and not isinstance(self.model, MegalodonConfig):
+            raise ValueError(
+                f"LongContext.truncate_chunks={self.truncate_chunks}: must be 0 for a "
+                f"{type(self.model).__name__}, only a Megalodon has statistics to replace"
+            )
         for name in ("long_length", "long_rows", "bucket"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LongContext.{name}={getattr(self, name)}: must be >= 1")
@@ -116,10 +124,16 @@ class LongContext(LanguageModel):
                 f"{trained}, and both multiples of bucket={self.bucket}"
             )
 
+    def truncated_nats(self, model: Model, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        """-log p [B, T] of the targets, with statistics of the last chunks."""
+        decoder = TruncatedDecoder.create(model, params, chunks=self.truncate_chunks)
+        rows = jnp.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+        return decoder.stream_nats(rows)
+
     def after_training(self, context: Context, fit: Fit) -> dict[str, float]:
         """`bits_per_byte_within` and `_beyond` the training length on long rows, and `_to_N` for
-        each doubling N of it (positions N/2 to N); forward `flops_per_token` at both lengths;
-        `recall_accuracy` by gap."""
+        each doubling N of it (positions N/2 to N), and all these with `truncated_` in front;
+        forward `flops_per_token` at both lengths; `recall_accuracy` by gap."""
         numbers = loss_by_position(self, context, fit.model, fit.params)
         for name, length in (("", self.data.sequence_length), ("_long", self.long_length)):
             numbers[f"flops_per_token{name}"] = float(fit.model.flops_per_token(length))
@@ -128,21 +142,34 @@ class LongContext(LanguageModel):
         return numbers
 
 
+def _model_nats(model: Model, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    output = model.apply({"params": params}, *model.inputs(batch))
+    return target_nats(output.logits, batch["targets"])[0]
+
+
 def sums_by_position(
-    data: DataConfig, name: str, rows: int, context: Context, model: Model, params: Any
+    data: DataConfig,
+    name: str,
+    rows: int,
+    context: Context,
+    model: Model,
+    params: Any,
+    nats_of: Callable[[Model, Any, dict[str, jax.Array]], jax.Array] = _model_nats,
 ) -> np.ndarray:
     """Sums [2, T] of nats and of bytes at every position, over at least `rows` rows of the
-    validation split that one document fills. Raises ValueError if there are fewer, for the field
-    `name`."""
+    validation split that one document fills.
+
+    nats_of: (model, params, batch) -> [B, T], -log p of the targets. Raises ValueError if there are
+    fewer rows, for the field `name`.
+    """
     sharding = batch_sharding(context.mesh, model.sharding)
     data = evaluation_config(data, batch_size=row_parts(sharding), packing=Packing.ONE_DOCUMENT)
 
     @jax.jit
     def sums(params, batch):
-        output = model.apply({"params": params}, *model.inputs(batch))
         full = (batch["segment_ids"] > 0).all(axis=1)
         mask = batch["target_mask"] & full[:, None]
-        nats = jnp.where(mask, target_nats(output.logits, batch["targets"])[0], 0.0)
+        nats = jnp.where(mask, nats_of(model, params, batch), 0.0)
         counted = jnp.where(mask, batch["target_bytes"], 0).astype(jnp.float32)
         return jnp.stack([nats, counted]).sum(1), full.sum()
 
@@ -167,33 +194,38 @@ def loss_by_position(
 ) -> dict[str, float]:
     """Bits per byte within and beyond the training length; the figure `loss_by_position`."""
     data = dataclasses.replace(config.data, sequence_length=config.long_length)
-    totals = sums_by_position(
-        data, "LongContext.long_rows", config.long_rows, context, model, params
-    )
-    totals = totals.reshape(2, -1, config.bucket).sum(2)
+    rows = data, "LongContext.long_rows", config.long_rows, context, model, params
+    totals = {"": sums_by_position(*rows)}
+    if config.truncate_chunks:
+        totals["truncated_"] = sums_by_position(*rows, nats_of=config.truncated_nats)
+    totals = {k: sums.reshape(2, -1, config.bucket).sum(2) for k, sums in totals.items()}
     label, length = "position in the document (bytes)", config.data.sequence_length
     context.writer.figure("loss_by_position", _figure(totals, label, length, config.bucket))
-    trained = length // config.bucket
-    numbers = {
-        "bits_per_byte_within": bits_per_byte(*totals[:, :trained].sum(1)),
-        "bits_per_byte_beyond": bits_per_byte(*totals[:, trained:].sum(1)),
-    }
-    end = 2 * trained
-    while end <= totals.shape[1]:
-        name = f"bits_per_byte_to_{end * config.bucket}"
-        numbers[name] = bits_per_byte(*totals[:, end // 2 : end].sum(1))
-        end *= 2
+    trained, numbers = length // config.bucket, {}
+    for kind, sums in totals.items():
+        numbers[f"{kind}bits_per_byte_within"] = bits_per_byte(*sums[:, :trained].sum(1))
+        numbers[f"{kind}bits_per_byte_beyond"] = bits_per_byte(*sums[:, trained:].sum(1))
+        end = 2 * trained
+        while end <= sums.shape[1]:
+            name = f"{kind}bits_per_byte_to_{end * config.bucket}"
+            numbers[name] = bits_per_byte(*sums[:, end // 2 : end].sum(1))
+            end *= 2
     return numbers
 
 
-def _figure(totals: np.ndarray, label: str, trained: int = 0, bucket: int = 1) -> Any:
+FIGURE_LABELS = {"": "statistics of all tokens", "truncated_": "of the last chunks"}
+
+
+def _figure(totals: dict[str, np.ndarray], label: str, trained: int = 0, bucket: int = 1) -> Any:
     """Bits per byte over the position, from sums [2, buckets]; a line at the trained length."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    position = np.arange(totals.shape[1]) * bucket + bucket // 2
-    axes.plot(position, totals[0] / (np.log(2) * totals[1]), marker=".")
+    for kind, sums in totals.items():
+        position = np.arange(sums.shape[1]) * bucket + bucket // 2
+        name = FIGURE_LABELS[kind] if len(totals) > 1 else None
+        axes.plot(position, sums[0] / (np.log(2) * sums[1]), marker=".", label=name)
     if trained:
         axes.axvline(trained, color="grey", linestyle="--", label="trained length")
         axes.legend()
@@ -243,7 +275,9 @@ class ChunkBoundaries(LanguageModel):
         )
         chunk = self.model.chunk_size
         totals = totals.reshape(2, -1, chunk)[:, 1:].sum(1)
-        context.writer.figure("loss_in_chunk", _figure(totals, "position in the chunk (bytes)"))
+        context.writer.figure(
+            "loss_in_chunk", _figure({"": totals}, "position in the chunk (bytes)")
+        )
         start, rest = (
             bits_per_byte(*part.sum(1)) for part in np.split(totals, [self.start], axis=1)
         )

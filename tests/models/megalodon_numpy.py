@@ -132,18 +132,46 @@ class Block:
         return stream + h
 
 
+class Model:
+    """A model that has read nothing; params as float64."""
+
+    def __init__(self, config, params):
+        self.config, self.params = config, params
+        self.blocks = [
+            Block({name: x[i] for name, x in params["layers"].items()}, config)
+            for i in range(config.num_layers)
+        ]
+        self.norm, self.read = TimestepNorm(params, "norm", config), 0
+
+    def __call__(self, token):
+        """The logits [V] after one more token."""
+        config, params = self.config, self.params
+        table = params["embed"]["table"]
+        x = table[token] * (np.sqrt(config.d_model) if config.scale_embeddings else 1)
+        for block in self.blocks:
+            x = block(x, self.read)
+        self.read += 1
+        head = table.T if config.tied_embeddings else params["head"]["kernel"]
+        return self.norm(x) @ head
+
+
 def logits(config, params, tokens):
     """[T, V] of one document [T]; params: a model's, as float64."""
-    table, layers = params["embed"]["table"], params["layers"]
-    blocks = [
-        Block({name: x[i] for name, x in layers.items()}, config) for i in range(config.num_layers)
-    ]
-    last = TimestepNorm(params, "norm", config)
-    head = table.T if config.tied_embeddings else params["head"]["kernel"]
-    rows = []
-    for t, token in enumerate(tokens):
-        x = table[token] * (np.sqrt(config.d_model) if config.scale_embeddings else 1)
-        for block in blocks:
-            x = block(x, t)
-        rows.append(last(x) @ head)
+    model = Model(config, params)
+    return np.stack([model(token) for token in tokens])
+
+
+def truncated_logits(config, params, tokens, chunks):
+    """`logits` of a stream whose norms, after every second chunk from the `chunks`th on, know the
+    last `chunks` - 2 chunks as another model that has read nothing else knows them."""
+    model, rows, chunk = Model(config, params), [], config.chunk_size
+    for end, token in enumerate(tokens, start=1):
+        rows.append(model(token))
+        if end % (2 * chunk) == 0 and end >= chunks * chunk:
+            other = Model(config, params)
+            for known in tokens[end - (chunks - 2) * chunk : end]:
+                other(known)
+            for mine, its in zip(model.blocks, other.blocks, strict=True):
+                mine.norm = its.norm
+            model.norm = other.norm
     return np.stack(rows)

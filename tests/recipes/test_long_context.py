@@ -16,6 +16,7 @@ from blt_jax.models import megalodon
 from blt_jax.recipes.long_context import ChunkBoundaries
 from blt_jax.train import pretraining
 from blt_jax.train.launch import load_experiment_file, run_experiment
+from blt_jax.train.optimizer import OptimizerConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUNS = load_experiment_file(ROOT / "experiments" / "megalodon.py")
@@ -71,6 +72,19 @@ def test_the_loss_in_chunks(tmp_path, monkeypatch):
     assert numbers["boundary_jump"] == pytest.approx(found[0] - found[1])
     assert numbers["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(kept.params))
     assert (tmp_path / "figures" / "loss_in_chunk.png").exists()
+
+
+def test_statistics_of_the_last_chunks(tmp_path):
+    """After 4 chunks of 16 the norms are others: within the trained length nothing changes."""
+    smoke = dataclasses.replace(RUNS.smoke(), steps=2, prompts=(), sample_tokens=0)
+    numbers = run_experiment(smoke, tmp_path)
+    within, beyond = numbers["bits_per_byte_within"], numbers["bits_per_byte_beyond"]
+    assert numbers["truncated_bits_per_byte_within"] == pytest.approx(within, rel=1e-6)
+    assert 1e-4 < abs(numbers["truncated_bits_per_byte_beyond"] - beyond) < 0.5
+    assert numbers["truncated_bits_per_byte_to_128"] == numbers["truncated_bits_per_byte_beyond"]
+    llama = dict(model=RUNS.proof_llama(), optimizer=OptimizerConfig())
+    with pytest.raises(ValueError, match=r"LongContext\.truncate_chunks=4: must be 0 for a Llama3"):
+        dataclasses.replace(smoke, **llama)
 
 
 @pytest.mark.parametrize(
