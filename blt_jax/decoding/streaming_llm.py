@@ -273,26 +273,30 @@ def _attend(parts: list[_Keys], slopes, sink) -> jax.Array:
     (B, T, H, K), G = parts[0].query.shape, parts[0].key.shape[1]
     scores = []
     for part in parts:
-        q_BTGRK = (part.query * K**-0.5).reshape(B, T, G, H // G, K)
+        # Heads in front, so that no scores are turned around.
+        q_BGRTK = jnp.moveaxis(part.query * K**-0.5, 2, 1).reshape(B, G, H // G, T, K)
         score = jnp.einsum(
-            "btgrk,bgsk->bgrts", q_BTGRK, part.key, preferred_element_type=jnp.float32
+            "bgrtk,bgsk->bgrts", q_BGRTK, part.key, preferred_element_type=jnp.float32
         )
         if slopes is not None:
             distance = part.distance.astype(jnp.float32)[:, None, None]
             score -= slopes.reshape(1, G, H // G, 1, 1) * distance
         scores.append(jnp.where(part.mask[:, None, None], score, NEGATIVE))
+    # The parts stay apart: joined, all scores would be copied twice.
+    highest = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
+    total = jnp.zeros((), jnp.float32)
     if sink is not None:
         sink_GR = sink.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
-        scores.append(jnp.broadcast_to(sink_GR, (B, G, H // G, T, 1)))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    out, start = jnp.zeros((), jnp.float32), 0
-    for part in parts:
-        end = start + part.key.shape[2]
-        share = weights[..., start:end].astype(part.value.dtype)
-        product = ("bgrts,bgsj->btgrj", share, part.value)
+        highest = jnp.maximum(highest, sink_GR)
+        total = jnp.exp(sink_GR - highest)
+    out = jnp.zeros((), jnp.float32)
+    for part, score in zip(parts, scores, strict=True):
+        weights = jnp.exp(score - highest)
+        total = total + jnp.sum(weights, axis=-1, keepdims=True)
+        product = ("bgrts,bgsj->bgrtj", weights.astype(part.value.dtype), part.value)
         out = out + jnp.einsum(*product, preferred_element_type=jnp.float32)
-        start = end
-    return out.reshape(B, T, H, -1).astype(parts[0].query.dtype)
+    out_BHTJ = (out / total).reshape(B, H, T, -1)
+    return jnp.moveaxis(out_BHTJ, 1, 2).astype(parts[0].query.dtype)
 
 
 def _blocks(stack: TransformerConfig, layers, x, caches, attend):
