@@ -2,9 +2,7 @@
 
 `StreamingPerplexity` trains on text; `Backcopy` on a task in which attention sinks form within
 minutes; `StreamEval` asks for values named some lines before (arXiv 2309.17453, section 4).
-
-Not here: StreamEval's lines as text and the streamed questions of ARC, which only say something of
-released models, whose weights nobody can fetch in a test.
+StreamEval's lines as text, and ARC as a stream, are in `streaming_questions`.
 """
 
 import dataclasses
