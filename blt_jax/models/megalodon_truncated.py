@@ -81,6 +81,10 @@ class TruncatedDecoder:
         return cls(MegalodonDecoder.create(model, params, capacity), chunks)
 
     @property
+    def model(self) -> Megalodon:
+        return self.decoder.model
+
+    @property
     def capacity(self) -> int:
         return self.decoder.capacity
 
@@ -90,7 +94,7 @@ class TruncatedDecoder:
 
     @property
     def chunk_size(self) -> int:
-        return self.decoder.model.config.chunk_size
+        return self.model.config.chunk_size
 
     @property
     def kept_tokens(self) -> int:
@@ -193,7 +197,7 @@ class TruncatedDecoder:
     def _check(self, cache: Any, rows: int) -> None:
         if not isinstance(cache, TruncatedCache):
             raise TypeError(f"cache is a {type(cache).__name__}: must be a TruncatedCache")
-        check_cache(self.decoder.model.config, cache.cache, rows)
+        check_cache(self.model.config, cache.cache, rows)
         if cache.recent.shape != (rows, self.kept_tokens):
             raise ValueError(
                 f"cache: recent is {cache.recent.shape}, but these rows and chunks={self.chunks} "

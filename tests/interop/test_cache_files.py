@@ -11,12 +11,13 @@ from blt_jax.decoding.streaming_decoder import streaming_decoder
 from blt_jax.decoding.streaming_llm import Positions, Rotation, sinks
 from blt_jax.interop.cache_files import load_cache, save_cache
 from blt_jax.layers.model import Precision
+from blt_jax.models.megalodon_truncated import TruncatedDecoder
 from tests.interop import small
 
 
-def decoder_and_cache(model, params, capacity=12, rows=3):
+def decoder_and_cache(model, params, capacity=12, rows=3, make=token_decoder):
     """A decoder, and a cache of its shapes with random values."""
-    decoder = token_decoder(model, params, capacity)
+    decoder = make(model, params, capacity)
     prompts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows,)))
     shapes = jax.eval_shape(decoder.prefill, *prompts)[1]
     rng = np.random.default_rng(0)
@@ -25,9 +26,16 @@ def decoder_and_cache(model, params, capacity=12, rows=3):
     )
 
 
-@pytest.mark.parametrize("make", [small.megalodon, small.llama])
-def test_a_cache_survives(tmp_path, make):
-    decoder, cache = decoder_and_cache(*make(precision=Precision.BFLOAT16))
+@pytest.mark.parametrize(
+    ("model", "make"),
+    [
+        (small.megalodon, token_decoder),
+        (small.megalodon, TruncatedDecoder.create),
+        (small.llama, token_decoder),
+    ],
+)
+def test_a_cache_survives(tmp_path, model, make):
+    decoder, cache = decoder_and_cache(*model(precision=Precision.BFLOAT16), make=make)
     assert any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cache))
     save_cache(tmp_path / "cache", decoder, cache)
     again = load_cache(tmp_path / "cache", decoder)
@@ -46,6 +54,8 @@ def test_caches_of_other_decoders(tmp_path):
     other = dataclasses.replace(model.config, chunk_size=4, rescale_mlp=True).build()
     with pytest.raises(ValueError, match=r"'chunk_size': 8, 'rescale_mlp': False.*'chunk_size': 4"):
         load_cache(tmp_path / "cache", token_decoder(other, params, 12))
+    with pytest.raises(ValueError, match=r"arrays do not fit this decoder: .*attention.* is None"):
+        load_cache(tmp_path / "cache", TruncatedDecoder.create(model, params, 12))
     decoder, cache = decoder_and_cache(*small.llama())
     save_cache(tmp_path / "llama", decoder, cache)
     with pytest.raises(ValueError, match=r"arrays do not fit this decoder: .*needed is"):
