@@ -10,8 +10,8 @@ trains an expert, a second one and a small model on arithmetic stories, of which
 by copying the last number, and reports held-out exact match of five kinds of amateur beside
 greedy decoding of the expert alone. Expect a gain from the negative prompt and the shortened
 context, harm from the second expert, and, over seeds, none from the small model and the earlier
-checkpoint. `tiny` judges one amateur, any of them by --config.kind: NGRAM (3-grams) and
-SMALL_PROMPT (the small model after an example with the shortcut) are in no proof.
+checkpoint. `weak_amateurs` has two more: 3-grams, which gain most, and the small model after an
+example with the shortcut, which does not. `tiny` judges one amateur, any of them by --config.kind.
 `proof_text` does it on bytes of the Python standard library.
 `gsm8k` takes folders of converted Llamas: --config.expert=models/llama_65b and so on; its eight
 examples are a file of the user's.

@@ -121,6 +121,18 @@ def test_contrastive_decoding_gains_or_harms_in_every_seed():
         assert numbers[f"{amateur}/shortcut_rate"] < numbers["expert/shortcut_rate"]
 
 
+def test_contrastive_decoding_gains_from_ngrams_beyond_chance():
+    exact = values_over_seeds("contrastive_decoding_weak_amateurs")
+    assert len(exact["expert"]) == 3
+    assert all(a > b for a, b in zip(exact["ngram"], exact["expert"], strict=True))
+    file = RESULTS / "contrastive_decoding_weak_amateurs.json"
+    numbers = json.loads(file.read_text())["numbers"]
+    assert numbers["ngram/difference"] > numbers["ngram/difference_interval"]
+    assert numbers["ngram/shortcut_rate"] < 0.6 * numbers["expert/shortcut_rate"]
+    # Without the mask n-grams cannot be contrasted with.
+    assert numbers["ngram/exact_match_alpha_0_beta_1"] < 0.1 < numbers["expert/exact_match"]
+
+
 def test_streaming_llm_window_pays_for_the_first_token_in_every_seed():
     cost = values_over_seeds("streaming_llm_proof_seeds")
     assert len(cost["bos"]) == 3
