@@ -122,6 +122,7 @@ def stream_rows(model, params) -> list[dict]:
     import jax.numpy as jnp
 
     from blt_jax.decoding import streaming_llm as sl
+    from blt_jax.decoding.streaming_decoder import streaming_decoder
     from blt_jax.decoding.streaming_scores import streaming_nats
 
     config = sl.sinks(4, 60, rotation=sl.Rotation.TWO_PHASE)
@@ -138,7 +139,7 @@ def stream_rows(model, params) -> list[dict]:
 
         return jax.lax.scan(body, decoder.new_cache(1), (tokens[:, :-1].T, tokens[:, 1:].T))[1]
 
-    decoder = sl.streaming_decoder(model, params, config)
+    decoder = streaming_decoder(model, params, config)
     runs = {
         "stream, one by one": lambda: one_by_one(decoder, tokens)[:, 0],
         "stream, at once": lambda: streaming_nats(model, params, config, tokens)[0],
