@@ -44,9 +44,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from blt_jax.dist.sharding import ShardingRules, constrain, parts_of, shard_by_names
 from blt_jax.layers.attention import causal_attention, dense_causal_attention, masked_attention
@@ -288,12 +289,14 @@ def block(
     norm_state: NormState | None = None,
     ema_state: State | None = None,
     lengths: Int[Array, " B"] | None = None,
+    packed: bool = False,
     coefficients: EmaCoefficients | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerState]:
     """One layer. w: its parameters (`block_parameters`). attend(q, k, v) gives the attention
     output and what to keep of keys and values. rope: `rotation`. lengths: of right-padded rows
-    whose moving average is wanted after their last token."""
+    whose moving average is wanted after their last token; packed: they hold several documents, or
+    padding in front."""
     eps, norms = config.norm_eps, dict(config=config, sharding=sharding)
     with jax.named_scope("timestep_norm"):
         if config.bidirectional:
@@ -304,7 +307,7 @@ def block(
     with jax.named_scope("cema"):
         averaged = normed
         if config.ema is not EmaKind.NONE:
-            rows = normed, documents, lengths
+            rows = normed, documents, lengths, packed
             averaged, ema_state = _averaged(config, sharding, w, *rows, coefficients, ema_state)
         elif ema_state is None:
             ema_state = (jnp.zeros((x.shape[0], config.d_model, 0), jnp.float32),) * 2
@@ -339,7 +342,7 @@ def block(
     return x, LayerState(kept, ema_state, norm_state)
 
 
-def _averaged(config, sharding, w, x, documents, lengths, coefficients, state):
+def _averaged(config, sharding, w, x, documents, lengths, packed, coefficients, state):
     """The moving average of the rows x, with its skip connection, and the state after them."""
     if coefficients is None:
         coefficients = ema_coefficients(config, w)
@@ -349,8 +352,10 @@ def _averaged(config, sharding, w, x, documents, lengths, coefficients, state):
         averaged, state = average(x, coefficients, state, reset)
     else:
         # Past its last token a row's state would decay on: read it off rows that end together.
-        aligned = _shift_rows(x, x.shape[1] - lengths)
-        averaged, ended = average(aligned, coefficients, None, None)
+        shift = x.shape[1] - lengths
+        # A row that is one document starts from nothing without being told.
+        reset = _shift_rows(reset[..., None], shift)[..., 0] if packed else None
+        averaged, ended = average(_shift_rows(x, shift), coefficients, None, reset)
         if state is None:
             averaged, state = _shift_rows(averaged, lengths - x.shape[1]), ended
         else:
@@ -375,12 +380,12 @@ def _mlp(config, sharding, w, x, key):
     return project(dropped(h, config.hidden_dropout, key, 3), w["mlp_down"])
 
 
-def _shift_rows(x: Float[Array, "B T D"], shift: Int[Array, " B"]) -> Float[Array, "B T D"]:
+def _shift_rows(x: Shaped[Array, "B T D"], shift: Int[Array, " B"]) -> Shaped[Array, "B T D"]:
     """Row b moved by shift[b] tokens to the right, 0 where nothing comes from."""
     T = x.shape[1]
     index = jnp.arange(T)[None, :] - shift[:, None]
     moved = jnp.take_along_axis(x, jnp.clip(index, 0, T - 1)[..., None], axis=1)
-    return jnp.where(((index >= 0) & (index < T))[..., None], moved, 0.0)
+    return jnp.where(((index >= 0) & (index < T))[..., None], moved, jnp.zeros((), x.dtype))
 
 
 def _backward_names(w: dict[str, Any]) -> dict[str, jax.Array]:
@@ -512,21 +517,22 @@ def declare(module: nn.Module, table: dict[str, tuple]) -> dict[str, jax.Array]:
 
 
 class Block(nn.Module):
-    """`block` with its parameters; emits its state where `lengths` are given."""
+    """`block` with its parameters; emits its state where `lengths` are given, of the document that
+    begins at `first` [B]; None: at 0."""
 
     config: MegalodonConfig
     sharding: ShardingRules
 
     @nn.compact
-    def __call__(self, x, layer, key, rope, documents, lengths):
+    def __call__(self, x, layer, key, rope, documents, lengths, first):
         config = self.config
         w = declare(self, block_parameters(config, layer))
 
         def attend(q, k, v):
             kept = None
             if lengths is not None:
-                zeros = jnp.zeros_like(lengths)
-                kept = LayerCache.from_rows(k, v, zeros, lengths, config.reach, k.dtype)
+                begin = jnp.zeros_like(lengths) if first is None else first
+                kept = LayerCache.from_rows(k, v, begin, lengths, config.reach, k.dtype)
             dropout = config.attention_dropout and key is not None
             if config.bidirectional or config.elementwise or dropout:
                 return dense_chunk_attention(q, k, v, documents, config, key), kept
@@ -541,6 +547,7 @@ class Block(nn.Module):
             attend,
             documents=documents,
             lengths=lengths,
+            packed=first is not None,
             key=key,
         )
         return x, None if lengths is None else state
@@ -575,7 +582,15 @@ class MegalodonOutput:
 
 
 def run_blocks(
-    config: MegalodonConfig, sharding: ShardingRules, initializing, x, rope, documents, lengths, key
+    config: MegalodonConfig,
+    sharding: ShardingRules,
+    initializing,
+    x,
+    rope,
+    documents,
+    lengths,
+    key,
+    first=None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """The layers, inside a compact module; their states stacked on a leading axis."""
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
@@ -584,13 +599,13 @@ def run_blocks(
         config.remat.wrap(Block, config.scan_layers),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, *(nn.broadcast,) * 4),
         length=config.num_layers,
         unroll=1 if config.scan_layers else config.num_layers,
         check_constancy_invariants=initializing,  # the parameters' keys depend on it
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return stack(config, sharding, name="layers")(x, layers, keys, rope, documents, lengths)
+    return stack(config, sharding, name="layers")(x, layers, keys, rope, documents, lengths, first)
 
 
 class Megalodon(NextTokenModel):
@@ -608,19 +623,26 @@ class Megalodon(NextTokenModel):
         key: jax.Array | None = None,
     ) -> MegalodonOutput:
         """segment_ids: 1.. = documents, 0 = padding; default one document per row. lengths: of
-        right-padded rows, asks for the cache after them. key: of dropout; None: none.
+        right-padded rows, asks for the cache after them; of packed or left-padded ones, with
+        segment_ids, for that of their last document. key: of dropout; None: none.
 
-        Raises TypeError for ids of a float type, ValueError for lengths beside segment_ids.
+        Raises TypeError for ids of a float type and, outside jit, ValueError for lengths at which
+        no document ends its row.
         """
         config = self.config
         check_token_ids("tokens", tokens)
-        if lengths is not None:
-            if segment_ids is not None:
-                raise ValueError("segment_ids and lengths: a cache is that of one document per row")
+        first = None
+        if lengths is not None and segment_ids is None:
             segment_ids = (jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(
                 jnp.int32
             )
-        documents = None if segment_ids is None else documents_of(segment_ids, config)
+            documents = documents_of(segment_ids, config)
+        elif lengths is not None:
+            check_last_documents(segment_ids, lengths)
+            documents, last = documents_of(segment_ids, config), lengths[:, None] - 1
+            first = (last - jnp.take_along_axis(documents.position, last, axis=1))[:, 0]
+        else:
+            documents = None if segment_ids is None else documents_of(segment_ids, config)
         embed = Embed(
             config.vocab_size, config.d_model, config.precision.dtype, self.sharding, name="embed"
         )
@@ -629,9 +651,8 @@ class Megalodon(NextTokenModel):
             x *= math.sqrt(config.d_model)
         x = dropped(x, config.dropout, key, config.num_layers)
         rope = rotation(config, tokens.shape[1], documents)
-        x, states = run_blocks(
-            config, self.sharding, self.is_initializing(), x, rope, documents, lengths, key
-        )
+        rows = x, rope, documents, lengths
+        x, states = run_blocks(config, self.sharding, self.is_initializing(), *rows, key, first)
         w = declare(self, norm_parameters(config, "norm"))
         norms = dict(config=config, sharding=self.sharding)
         x, norm_state = timestep_norm(x, w, "norm", None, documents, **norms)
@@ -645,7 +666,8 @@ class Megalodon(NextTokenModel):
             layers = tuple(
                 jax.tree.map(lambda a, i=i: a[i], states) for i in range(config.num_layers)
             )
-            cache = MegalodonCache(layers, norm_state, lengths)
+            read = lengths if first is None else lengths - first
+            cache = MegalodonCache(layers, norm_state, read)
         return MegalodonOutput(logits, x, cache, jnp.float32(0.0))
 
     def example_inputs(self) -> tuple:
@@ -660,6 +682,18 @@ class Megalodon(NextTokenModel):
     def flops_per_token(self, context_length: int) -> float:
         head = 2.0 * self.config.d_model * self.config.vocab_size
         return self.config.num_layers * block_flops(self.config, context_length) + head
+
+
+def check_last_documents(segment_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> None:
+    """Raises ValueError, outside jit, unless the last token of every row is number lengths - 1."""
+    if isinstance(segment_ids, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
+        return
+    ids, ends = np.asarray(segment_ids), np.asarray(lengths)
+    found = ids.shape[1] - (ids[:, ::-1] > 0).argmax(axis=1)
+    if not (ids > 0).any(axis=1).all() or (found != ends).any():
+        raise ValueError(
+            f"lengths={ends.tolist()}: the last documents of segment_ids end at {found.tolist()}"
+        )
 
 
 def rotation(config, length: int, documents: Documents | None) -> Float[Array, "#B L K"]:

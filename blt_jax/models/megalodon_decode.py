@@ -167,15 +167,19 @@ class MegalodonDecoder:
         return new_cache(self.model, self.params, rows)
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B V"], MegalodonCache]:
-        """As Decoder.prefill, by the full forward pass."""
+        """As Decoder.prefill, by the full forward pass; segment_ids: of packed or left-padded rows
+        of `lengths` tokens with padding, the last document of which goes on."""
         step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
         lengths = lengths.astype(jnp.int32)
         real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
         tokens = jnp.where(real, tokens.astype(jnp.int32), 0)
         output = self.model.apply(
-            {"params": self.params}, tokens, lengths=lengths, compute_logits=False
+            {"params": self.params}, tokens, segment_ids, lengths, compute_logits=False
         )
         last_B1D = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)
         return self.model.token_logits(self.params, last_B1D[:, 0]), output.cache

@@ -134,6 +134,35 @@ def test_prompts_of_different_lengths_after_prompts(options):
     np.testing.assert_allclose(logits, full[jnp.arange(3), end], atol=1e-5)
 
 
+PACKED = jnp.asarray([[1] * 5 + [2] * 13 + [0] * 2, [0] * 4 + [1] * 16, [3] * 20], jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2, "prior_count": 3},
+        {"attention_window": 5},
+        {"gate": megalodon.GateKind.MEGA, "ema": megalodon.EmaKind.REAL},
+        {"norm": megalodon.NormKind.LAYER, "scan_form": megalodon.ScanForm.AUTO},
+    ],
+)
+def test_the_last_document_of_packed_or_left_padded_rows_goes_on(options):
+    """As if it had been alone: its cache, and what comes after."""
+    decoder, tokens, ends = decoder_of(**options), tokens_of()[:, :20], jnp.asarray([18, 20, 20])
+    prefill, step = jax.jit(MegalodonDecoder.prefill), jax.jit(MegalodonDecoder.step)
+    logits, cache = prefill(decoder, tokens, ends, PACKED)
+    first = jnp.asarray([5, 4, 0])
+    np.testing.assert_array_equal(cache.lengths, ends - first)
+    alone = jnp.stack([jnp.roll(row, -n) for row, n in zip(tokens, first.tolist(), strict=True)])
+    expected, again = prefill(decoder, alone, ends - first)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), cache, again)
+    for token in tokens_of()[:, 20:25].T:
+        logits, cache = step(decoder, token, cache)
+        expected, again = step(decoder, token, again)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
 def test_inactive_rows_keep_their_cache_and_rows_can_be_taken():
     decoder, tokens = decoder_of(), tokens_of(2)
     _, cache = jax.jit(MegalodonDecoder.prefill)(decoder, tokens[:, :10], jnp.asarray([10, 4]))
