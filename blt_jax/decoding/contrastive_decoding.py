@@ -52,6 +52,7 @@ from blt_jax.decoding.beam_search import Beams, beam_search
 from blt_jax.decoding.decoder import Decoder
 from blt_jax.decoding.logits import AllowedIds, Temperature, check_number, known
 from blt_jax.decoding.scoring import ContinuationScores, score_continuations
+from blt_jax.layers.cache import RowCache
 
 # An amateur that excludes a token has a very low logit for it, since an infinite one gives NaN.
 LOWEST_LOGIT = -1e9
@@ -148,7 +149,7 @@ def check_strengths(alpha: Any, beta: Any, amateur_temperature: Any = 1.0) -> No
 
 
 @flax.struct.dataclass
-class ContrastiveCache:
+class ContrastiveCache(RowCache):
     """The caches of both models."""
 
     expert: Any
@@ -158,10 +159,6 @@ class ContrastiveCache:
     def lengths(self) -> jax.Array:
         """int32 [B]: tokens that the expert read."""
         return self.expert.lengths
-
-    def take_rows(self, indices) -> "ContrastiveCache":
-        """The cache of rows `indices` [B']."""
-        return ContrastiveCache(self.expert.take_rows(indices), self.amateur.take_rows(indices))
 
     def counters(self) -> dict[str, jax.Array]:
         """Those of the expert."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
-from blt_jax.layers.cache import StepCache
+from blt_jax.layers.cache import RowCache, StepCache
 from blt_jax.layers.embed import look_up
 from blt_jax.layers.model import Model
 from blt_jax.layers.norms import rms_norm
@@ -57,7 +57,7 @@ class Decoder(Protocol):
 
 
 @flax.struct.dataclass
-class TransformerCache:
+class TransformerCache(RowCache):
     """Cache of a plain transformer: keys and values, a StepCache."""
 
     key_values: Any
@@ -66,13 +66,6 @@ class TransformerCache:
     def lengths(self) -> jax.Array:
         """int32 [B]: tokens read."""
         return self.key_values.lengths
-
-    def take_rows(self, indices) -> "TransformerCache":
-        """The cache of rows `indices` [B']."""
-        return jax.tree.map(lambda x: x[indices], self)
-
-    def counters(self) -> dict[str, jax.Array]:
-        return {"tokens": self.lengths}
 
 
 class OverTransformer:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.decoding.decoder import Decoder
+from blt_jax.layers.cache import RowCache
 
 
 @runtime_checkable
@@ -251,7 +252,7 @@ class MinP:
 
 
 @flax.struct.dataclass
-class ProcessedCache:
+class ProcessedCache(RowCache):
     """The cache of a decoder, and the ids that each row holds (bool [B, V])."""
 
     cache: Any
@@ -261,10 +262,6 @@ class ProcessedCache:
     def lengths(self) -> jax.Array:
         """int32 [B]: tokens read."""
         return self.cache.lengths
-
-    def take_rows(self, indices) -> "ProcessedCache":
-        """The cache of rows `indices` [B']."""
-        return ProcessedCache(self.cache.take_rows(indices), self.seen[indices])
 
     def counters(self) -> dict[str, jax.Array]:
         return self.cache.counters()

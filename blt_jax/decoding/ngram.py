@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
+from blt_jax.layers.cache import RowCache
 
 LARGEST_TABLE = 2**28
 """Most entries of a table of n-grams."""
@@ -45,18 +45,11 @@ def ngram_log_probabilities(
 
 
 @flax.struct.dataclass
-class NgramCache:
+class NgramCache(RowCache):
     """context: int32 [B, N - 1], the last ids, oldest first, 0 before a row begins; lengths [B]."""
 
     context: Any
     lengths: Any
-
-    def take_rows(self, indices) -> "NgramCache":
-        """The cache of rows `indices` [B']."""
-        return jax.tree.map(lambda x: x[indices], self)
-
-    def counters(self) -> dict[str, jax.Array]:
-        return {"tokens": self.lengths}
 
 
 @flax.struct.dataclass

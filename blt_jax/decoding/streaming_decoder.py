@@ -8,7 +8,6 @@ paper compares them with.
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,7 +25,7 @@ from blt_jax.decoding.streaming_llm import (
     stream_step,
 )
 from blt_jax.layers import step
-from blt_jax.layers.cache import ring_index
+from blt_jax.layers.cache import RowCache, ring_index
 from blt_jax.layers.model import Model
 from blt_jax.models.llama3 import Llama3
 
@@ -103,18 +102,11 @@ class StreamingDecoder(OverTransformer):
 
 
 @flax.struct.dataclass
-class TextCache:
+class TextCache(RowCache):
     """The last C tokens of every row: text int32 [B, C], token p in slot p % C; lengths [B]."""
 
     text: Any
     lengths: Any
-
-    def take_rows(self, indices) -> "TextCache":
-        """The cache of rows `indices` [B']."""
-        return jax.tree.map(lambda x: x[indices], self)
-
-    def counters(self) -> dict[str, jax.Array]:
-        return {"tokens": self.lengths}
 
 
 @flax.struct.dataclass

@@ -49,7 +49,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from blt_jax.layers import step
-from blt_jax.layers.cache import LayerCache, ring_index
+from blt_jax.layers.cache import LayerCache, RowCache, ring_index
 from blt_jax.layers.masks import NEGATIVE
 from blt_jax.layers.rope import RopeConfig, rope_frequencies, rotate
 from blt_jax.layers.transformer import TransformerConfig
@@ -218,7 +218,7 @@ def _parts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @flax.struct.dataclass
-class SinkCache:
+class SinkCache(RowCache):
     """Keys and values of the first S and the last W tokens of every row.
 
     layers: tuple of LayerCache with the chunks [B, G, S, K] (none without sinks) and [B, G, W, K];
@@ -247,13 +247,6 @@ class SinkCache:
     def lengths(self) -> jax.Array:
         """int32 [B]: tokens of the text read."""
         return self.read - self.sink_tokens
-
-    def take_rows(self, indices) -> "SinkCache":
-        """The cache of rows `indices` [B']."""
-        return jax.tree.map(lambda x: x[indices], self)
-
-    def counters(self) -> dict[str, jax.Array]:
-        return {"tokens": self.lengths}
 
 
 class _Keys(NamedTuple):

@@ -20,6 +20,21 @@ def chunk_sizes(slots: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+class RowCache:
+    """What the caches of decoders share: trees with the batch axis first in every array, and
+    `lengths`, int32 [B], the tokens that rows have read."""
+
+    lengths: Any
+
+    def take_rows(self, indices) -> "RowCache":
+        """The cache of rows `indices` [B'], for beams and compaction."""
+        return jax.tree.map(lambda x: x[indices], self)
+
+    def counters(self) -> dict[str, jax.Array]:
+        """int32 [B] each, what a step increases."""
+        return {"tokens": self.lengths}
+
+
 @flax.struct.dataclass
 class LayerCache:
     """Keys and values of one layer, read only as far as they are filled.
@@ -110,7 +125,7 @@ def ring_index(first, end, slots):
 
 
 @flax.struct.dataclass
-class StepCache:
+class StepCache(RowCache):
     """Cache of a stack of layers for one-token steps; position p of a row lies in slot p % slots.
 
     layers: tuple of LayerCache; lengths: int32 [B], tokens written so far per row. With a sliding
@@ -162,7 +177,3 @@ class StepCache:
         slot_S = jnp.arange(self.slots, dtype=jnp.int32)[None, :] - self.pinned
         ring_CS = (length_C1 - slot_S) % (self.slots - self.pinned)
         return jnp.where(slot_S < 0, length_C1 - slot_S, ring_CS)
-
-    def take_rows(self, indices) -> "StepCache":
-        """The cache of rows `indices` [B'], for beams and compaction."""
-        return jax.tree.map(lambda x: x[indices], self)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from blt_jax.layers import step
-from blt_jax.layers.cache import LayerCache, StepCache
+from blt_jax.layers.cache import LayerCache, RowCache, StepCache
 from blt_jax.layers.norms import rms_norm
 from blt_jax.layers.segments import document_positions
 from blt_jax.layers.transformer import TransformerConfig
@@ -78,7 +78,7 @@ class EntropyState:
 
 
 @flax.struct.dataclass
-class BLTCache:
+class BLTCache(RowCache):
     """Everything a row needs to go on; every leaf has the batch axis first.
 
     tokens: [B, 8] the last ids read; encoder, decoder, latent: StepCache; patch: OpenPatch;
@@ -100,10 +100,6 @@ class BLTCache:
     def lengths(self) -> jax.Array:
         """int32 [B]: bytes read, special ids included."""
         return self.encoder.lengths
-
-    def take_rows(self, indices) -> "BLTCache":
-        """The cache of rows `indices` [B']."""
-        return jax.tree.map(lambda x: x[indices], self)
 
     def counters(self) -> dict[str, jax.Array]:
         """int32 [B] each: bytes read, patches closed, and runs of the latent transformer."""

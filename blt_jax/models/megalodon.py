@@ -51,7 +51,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from blt_jax.dist.sharding import ShardingRules, constrain, parts_of, shard_by_names
 from blt_jax.layers.attention import causal_attention, dense_causal_attention, masked_attention
-from blt_jax.layers.cache import LayerCache
+from blt_jax.layers.cache import LayerCache, RowCache
 from blt_jax.layers.embed import Embed, Head, check_token_ids
 from blt_jax.layers.language_model import NextTokenModel
 from blt_jax.layers.masks import NEGATIVE, causal_mask
@@ -554,20 +554,13 @@ class Block(nn.Module):
 
 
 @flax.struct.dataclass
-class MegalodonCache:
+class MegalodonCache(RowCache):
     """State of rows: layers, a tuple of LayerState; norm, the NormState of the final norm;
     lengths int32 [B], tokens read. Its size does not depend on them."""
 
     layers: Any
     norm: Any
     lengths: Any
-
-    def take_rows(self, indices) -> "MegalodonCache":
-        """The state of rows `indices` [B']."""
-        return jax.tree.map(lambda x: x[indices], self)
-
-    def counters(self) -> dict[str, jax.Array]:
-        return {"tokens": self.lengths}
 
 
 @flax.struct.dataclass

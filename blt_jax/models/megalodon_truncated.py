@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from blt_jax.layers import step
+from blt_jax.layers.cache import RowCache
 from blt_jax.layers.losses import target_nats
 from blt_jax.models.megalodon import Megalodon, MegalodonCache
 from blt_jax.models.megalodon_config import NormKind
@@ -36,7 +37,7 @@ CHUNKS = 8
 
 
 @flax.struct.dataclass
-class TruncatedCache:
+class TruncatedCache(RowCache):
     """cache: a MegalodonCache; recent: int32 [B, R], the last tokens of every row, token p in slot
     p % R."""
 
@@ -47,10 +48,6 @@ class TruncatedCache:
     def lengths(self) -> jax.Array:
         """int32 [B]: tokens read."""
         return self.cache.lengths
-
-    def take_rows(self, indices) -> "TruncatedCache":
-        """The state of rows `indices` [B']."""
-        return jax.tree.map(lambda x: x[indices], self)
 
     def counters(self) -> dict[str, jax.Array]:
         return self.cache.counters()

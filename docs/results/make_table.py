@@ -33,8 +33,8 @@ ROWS = (
         "Megalodon of that size, the same",
         "megalodon/bits_per_byte_beyond",
     ),
-    ("megalodon_ablation", "Small Megalodon, held-out bits per byte", "full"),
-    ("megalodon_ablation", "The same without its moving average", "no_average"),
+    ("megalodon_ablation_seeds", "Small Megalodon, held-out", "full"),
+    ("megalodon_ablation_seeds", "The same without its moving average", "no_average"),
 )
 
 

@@ -170,12 +170,19 @@ def test_megalodon_proof_shows_an_unbroken_context():
 @pytest.mark.parametrize(
     ("run", "check"),
     [
-        ("megalodon_ablation", check_megalodon_ablation),
-        ("megalodon_recall_ablation", check_megalodon_recall_ablation),
+        ("megalodon_ablation_seeds", check_megalodon_ablation),
+        ("megalodon_recall_ablation_seeds", check_megalodon_recall_ablation),
     ],
 )
 def test_what_parts_of_megalodon_do(run, check):
     check(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
+
+
+def test_what_megalodon_loses_without_its_parts_is_beyond_chance():
+    file = RESULTS / "megalodon_ablation_seeds.json"
+    numbers = json.loads(file.read_text())["numbers"]
+    for name in ("real_average", "no_average", "pre_norm_residual", "attention_alone"):
+        assert numbers[f"{name}/difference"] > numbers[f"{name}/difference_interval"] > 0
 
 
 @pytest.mark.parametrize("run", ["streaming_llm_proof", "streaming_llm_proof_seeds"])
