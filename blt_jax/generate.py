@@ -44,11 +44,10 @@ class LoadedModel:
         from blt_jax.decoding.streaming_blt import StreamingBLTDecoder
         from blt_jax.decoding.streaming_decoder import streaming_decoder
         from blt_jax.models.blt_decode import BLTDecoder
-        from blt_jax.models.megalodon import Megalodon
         from blt_jax.models.megalodon_truncated import TruncatedDecoder
 
         if truncate_chunks:
-            if not isinstance(self.model, Megalodon):
+            if not self.endless:
                 raise TypeError(
                     f"truncate_chunks={truncate_chunks}: the model is a "
                     f"{type(self.model).__name__}, only a Megalodon has statistics to replace"
@@ -142,13 +141,15 @@ def parse(argv: list[str]) -> flags.FlagValues:
     number("repetition_penalty", 1.0, "of ids already in the text, 1 none", flag_values=values)
     new_help = "bytes at most per sample (tokens, for a model that has a tokenizer)"
     flags.DEFINE_integer("max_new_bytes", 256, new_help, 1, flag_values=values)
-    window_help = "last tokens that a conversation keeps (patches, of a BLT); 0: no conversation"
+    window_help = (
+        "last tokens that a conversation keeps (patches, of a BLT); 0: all, of a Megalodon"
+    )
     flags.DEFINE_integer("window", 0, window_help, 0, flag_values=values)
     sinks_help = "first tokens (patches) that a conversation keeps beside the last ones"
     flags.DEFINE_integer("sinks", 4, sinks_help, 0, flag_values=values)
-    conversation_help = "each prompt comes after all before; a model that is no Megalodon: --window"
+    conversation_help = "each prompt comes after all before; all but a Megalodon need --window too"
     flags.DEFINE_bool("conversation", False, conversation_help, flag_values=values)
-    chunks_help = "of a Megalodon: from which on its norms forget old ones, 8 as released; 0: never"
+    chunks_help = "a Megalodon's norms know recent chunks alone after so many (released: 8); 0: all"
     flags.DEFINE_integer("truncate_chunks", 0, chunks_help, 0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the random draws", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "continuations per prompt", 1, flag_values=values)
@@ -176,9 +177,14 @@ def main(argv: list[str] | None = None) -> int:
         from blt_jax.decoding.generator import Generator, format_statistics
         from blt_jax.decoding.sampling import SamplingConfig
         from blt_jax.decoding.streaming_llm import sinks, window
+        from blt_jax.models.megalodon_truncated import PERIOD
 
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         sampling = SamplingConfig(**{name: values[name].value for name in names})
+        if 0 < values.truncate_chunks < 2 * PERIOD:
+            raise flags.Error(
+                f"--truncate_chunks={values.truncate_chunks}: must be 0 or >= {2 * PERIOD}"
+            )
         streaming = None
         if values.window:
             recent = values.window

@@ -141,7 +141,7 @@ def proof_seeds() -> AmateurComparison:
 
 
 def weak_amateurs() -> AmateurComparison:
-    """3-grams, and the small model shown the shortcut, as amateurs over three seeds (12 min)."""
+    """3-grams, and the small model shown the shortcut, as amateurs over three seeds (8 min)."""
     kinds = AmateurKind.NGRAM, AmateurKind.SMALL_PROMPT
     return dataclasses.replace(_beside_expert(*kinds), seeds=(0, 1, 2))
 

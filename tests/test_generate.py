@@ -178,6 +178,7 @@ def test_what_a_model_cannot_do(megalodon_folder, llama_folder, capsys):
         (("--model=a", "--sinks=2"), "--sinks=2: needs --window"),
         (("--model=a", "--window=-1"), "window"),
         (("--model=a", "--window=8", "--truncate_chunks=8"), "not with --window"),
+        (("--model=a", "--truncate_chunks=3"), "--truncate_chunks=3: must be 0 or >= 4"),
     ],
 )
 def test_wrong_command_lines(arguments, message, capsys):

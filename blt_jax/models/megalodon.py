@@ -631,6 +631,8 @@ class Megalodon(NextTokenModel):
             )
             documents = documents_of(segment_ids, config)
         elif lengths is not None:
+            if segment_ids.shape != tokens.shape:
+                raise ValueError(f"segment_ids {segment_ids.shape}: must be {tokens.shape}")
             check_last_documents(segment_ids, lengths)
             documents, last = documents_of(segment_ids, config), lengths[:, None] - 1
             first = (last - jnp.take_along_axis(documents.position, last, axis=1))[:, 0]
@@ -678,12 +680,17 @@ class Megalodon(NextTokenModel):
 
 
 def check_last_documents(segment_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> None:
-    """Raises ValueError, outside jit, unless the last token of every row is number lengths - 1."""
+    """Raises ValueError for shapes that do not fit and, outside jit, unless the last token of every
+    row is number lengths - 1."""
+    if lengths.shape != segment_ids.shape[:1]:
+        raise ValueError(
+            f"lengths {lengths.shape}: must be one for each row of {segment_ids.shape}"
+        )
     if isinstance(segment_ids, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
         return
     ids, ends = np.asarray(segment_ids), np.asarray(lengths)
-    found = ids.shape[1] - (ids[:, ::-1] > 0).argmax(axis=1)
-    if not (ids > 0).any(axis=1).all() or (found != ends).any():
+    found = np.where(ids > 0, np.arange(1, ids.shape[1] + 1)[None, :], 0).max(axis=1)
+    if (found != ends).any() or not found.all():
         raise ValueError(
             f"lengths={ends.tolist()}: the last documents of segment_ids end at {found.tolist()}"
         )

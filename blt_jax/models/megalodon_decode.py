@@ -173,7 +173,14 @@ class MegalodonDecoder:
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B V"], MegalodonCache]:
         """As Decoder.prefill, by the full forward pass; segment_ids: of packed or left-padded rows
-        of `lengths` tokens with padding, the last document of which goes on."""
+        of `lengths` tokens with padding, the last document of which goes on.
+
+        Raises also TypeError for segment_ids that are no integers and, outside jit, ValueError for
+        lengths at which no document ends its row.
+        """
+        if segment_ids is not None:
+            step.check_token_ids("segment_ids", segment_ids)
+            tokens = jnp.where(segment_ids > 0, tokens, jnp.zeros((), tokens.dtype))
         step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
         lengths = lengths.astype(jnp.int32)
         real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
@@ -190,9 +197,9 @@ class MegalodonDecoder:
         """Reads the first `lengths` tokens of every row, in pieces: logits after the last of each.
 
         Memory does not grow with T beyond the tokens themselves. Rows may have read different
-        numbers of tokens; a piece of which a row has a part takes a second moving average. Outside
-        jit, raises ValueError for ids outside the vocabulary, rows without room, and a cache that
-        is not this model's or has NaN.
+        numbers of tokens; a piece that some row does not fill takes a second moving average.
+        Outside jit, raises ValueError for ids outside the vocabulary, rows without room, and a
+        cache that is not this model's or has NaN.
         """
         check_cache(self.model.config, cache, tokens.shape[0])
         step.check_extension(tokens, lengths, cache.lengths, self.capacity, self.vocab_size)
@@ -264,6 +271,7 @@ class MegalodonDecoder:
         rope = rope_table(position, config.rope, config.head_dim)
         documents, read = None, tokens.shape[1] if active is None else active.astype(jnp.int32)
         if counts is not None:
+            # For the norms, which look at real tokens and resets alone.
             read, real = counts, index_1T < counts[:, None]
             documents = Documents(real, jnp.zeros_like(real), position, real)
         layers = []

@@ -5,11 +5,12 @@ paper, replaces what they know while it reads a long text: after every second ch
 eighth on, by the statistics of a pass over the last six chunks that starts from nothing; the keys
 and values and the moving averages stay.
 
-Departure: the release does so for the text that it is given, and there also after an odd last
-chunk, but not for what it generates. Here it is after every second chunk, whoever wrote it, so that
-a stream gives the same however it is cut.
+Departure: the release does so for the text that it is given, there also after an odd last chunk,
+not at the very end of a prompt and not for what it generates. Here it is after every second chunk,
+whoever wrote it, so that a stream gives the same however it is cut.
 
-Reading costs three more passes over every token, and the tokens of six chunks are kept.
+With eight chunks reading costs three more passes over every token (of all rows at every
+replacement, where rows stand at different places), and the tokens of six chunks are kept.
 
 Axes as in `megalodon_decode`; R tokens that are kept.
 """
@@ -23,10 +24,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from blt_jax.layers import step
-from blt_jax.layers.cache import RowCache
+from blt_jax.layers.cache import RowCache, ring_index
 from blt_jax.layers.losses import target_nats
 from blt_jax.models.megalodon import Megalodon, MegalodonCache
-from blt_jax.models.megalodon_config import NormKind
+from blt_jax.models.megalodon_config import MegalodonConfig, NormKind
 from blt_jax.models.megalodon_decode import MegalodonDecoder, check_cache, select_rows
 
 PERIOD = 2
@@ -49,14 +50,11 @@ class TruncatedCache(RowCache):
         """int32 [B]: tokens read."""
         return self.cache.lengths
 
-    def counters(self) -> dict[str, jax.Array]:
-        return self.cache.counters()
-
 
 @flax.struct.dataclass
 class TruncatedDecoder:
-    """A MegalodonDecoder whose norms know the last `chunks` - 2 to `chunks` chunks, from `chunks`
-    on."""
+    """A MegalodonDecoder whose norms, after an even number of chunks that is `chunks` or more, know
+    the last `chunks` - 2 of them and what comes up to the next replacement."""
 
     decoder: MegalodonDecoder
     chunks: int = flax.struct.field(pytree_node=False, default=CHUNKS)
@@ -69,12 +67,8 @@ class TruncatedDecoder:
         capacity: int = 2**31 - 1,
         chunks: int = CHUNKS,
     ) -> "TruncatedDecoder":
-        """Raises ValueError for fewer than 4 chunks, which would leave less than is read between
-        two replacements, for a model without timestep norms, and as MegalodonDecoder.create."""
-        if chunks < 2 * PERIOD:
-            raise ValueError(f"chunks={chunks}: must be >= {2 * PERIOD}")
-        if model.config.norm is not NormKind.TIMESTEP:
-            raise ValueError(f"norm={model.config.norm.name}: only TIMESTEP has statistics")
+        """Raises ValueError as `check_chunks` and MegalodonDecoder.create."""
+        check_chunks("chunks", chunks, model.config)
         return cls(MegalodonDecoder.create(model, params, capacity), chunks)
 
     @property
@@ -111,16 +105,13 @@ class TruncatedDecoder:
     ) -> tuple[Float[Array, "B V"], TruncatedCache]:
         """As Decoder.prefill; prompts that reach a replacement are read in pieces."""
         step.check_prompts(tokens, lengths, self.capacity, self.vocab_size)
-        cache = self.new_cache(tokens.shape[0])
+        tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
         if tokens.shape[1] >= self.chunks * self.chunk_size:
-            return self.extend(tokens, lengths, cache)
+            return self.extend(tokens, lengths, self.new_cache(tokens.shape[0]))
         logits, inner = self.decoder.prefill(tokens, lengths)
-        # The last R tokens of every row, not those that they would overwrite.
-        start = jnp.maximum(lengths.astype(jnp.int32) - self.kept_tokens, 0)
-        size = min(tokens.shape[1], self.kept_tokens)
-        latest, counts = _cut(tokens, start, lengths - start, size)
-        recent = _written(cache.recent, latest, start, counts)
-        return logits, TruncatedCache(inner, recent)
+        index, filled = ring_index(jnp.zeros_like(lengths), lengths, self.kept_tokens)
+        recent = jnp.take_along_axis(tokens, index, axis=1, mode="clip").astype(jnp.int32)
+        return logits, TruncatedCache(inner, jnp.where(filled, recent, 0))
 
     def extend(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Any
@@ -167,10 +158,13 @@ class TruncatedDecoder:
         """
         tokens = jnp.asarray(tokens)
         step.check_token_ids("tokens", tokens, self.vocab_size)
-        T = tokens.shape[1]
-        if not 2 <= T <= self.capacity:
-            raise ValueError(f"tokens {tokens.shape}: a row must have 2..{self.capacity}")
-        return _stream_nats(self, tokens.astype(jnp.int32))
+        if tokens.ndim != 2 or not 2 <= tokens.shape[1] <= self.capacity:
+            raise ValueError(
+                f"tokens {tokens.shape}: must be [B, T] with T in 2..capacity={self.capacity}"
+            )
+        # Rows are read in whole pairs of chunks, the last one with padding.
+        longer = self.replace(decoder=self.decoder.replace(capacity=2**31 - 1))
+        return _stream_nats(longer, tokens.astype(jnp.int32))
 
     def _replaced(self, cache: MegalodonCache, recent, advanced) -> TruncatedCache:
         """With the statistics of the last R tokens, in the rows that have just read a last one."""
@@ -180,7 +174,7 @@ class TruncatedDecoder:
         due = advanced & (lengths % (PERIOD * c) == 0) & (lengths >= self.chunks * c)
 
         def replace(cache):
-            order = (lengths[:, None] + jnp.arange(R, dtype=jnp.int32)[None, :]) % R
+            order = ((lengths % R)[:, None] + jnp.arange(R, dtype=jnp.int32)[None, :]) % R
             text = jnp.take_along_axis(recent, order, axis=1)
             _, again = self.decoder.prefill(text, jnp.full(lengths.shape, R, jnp.int32))
             layers = tuple(
@@ -200,6 +194,15 @@ class TruncatedDecoder:
                 f"cache: recent is {cache.recent.shape}, but these rows and chunks={self.chunks} "
                 f"need {(rows, self.kept_tokens)}"
             )
+
+
+def check_chunks(name: str, chunks: int, config: MegalodonConfig) -> None:
+    """Raises ValueError for fewer than 4 chunks, of which less would be known than is read between
+    two replacements, and for a model without timestep norms."""
+    if chunks < 2 * PERIOD:
+        raise ValueError(f"{name}={chunks}: must be >= {2 * PERIOD} chunks")
+    if config.norm is not NormKind.TIMESTEP:
+        raise ValueError(f"{name}={chunks}: norm={config.norm.name}, only TIMESTEP has statistics")
 
 
 def _cut(tokens, start, counts, size: int):

@@ -19,7 +19,7 @@ from blt_jax.data.synthetic import RECALL_VOCABULARY, GeneratedBatches, recall_r
 from blt_jax.layers.losses import target_nats
 from blt_jax.layers.model import Model
 from blt_jax.models.megalodon_config import MegalodonConfig
-from blt_jax.models.megalodon_truncated import TruncatedDecoder
+from blt_jax.models.megalodon_truncated import TruncatedDecoder, check_chunks
 from blt_jax.recipes.language_model import LanguageModel
 from blt_jax.train.evaluate import bits_per_byte
 from blt_jax.train.pretraining import Context, EvaluationConfig, Fit, Pretraining
@@ -109,11 +109,13 @@ class LongContext(LanguageModel):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.truncate_chunks and not isinstance(self.model, MegalodonConfig):
-            raise ValueError(
-                f"LongContext.truncate_chunks={self.truncate_chunks}: must be 0 for a "
-                f"{type(self.model).__name__}, only a Megalodon has statistics to replace"
-            )
+        if self.truncate_chunks:
+            if not isinstance(self.model, MegalodonConfig):
+                raise ValueError(
+                    f"LongContext.truncate_chunks={self.truncate_chunks}: must be 0 for a "
+                    f"{type(self.model).__name__}, only a Megalodon has statistics to replace"
+                )
+            check_chunks("LongContext.truncate_chunks", self.truncate_chunks, self.model)
         for name in ("long_length", "long_rows", "bucket"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LongContext.{name}={getattr(self, name)}: must be >= 1")

@@ -439,6 +439,9 @@ def test_bad_inputs():
     model, params = CONFIG.build(), params_of(CONFIG)
     with pytest.raises(ValueError, match=r"lengths=\[20, 20\]: .* end at \[18, 20\]"):
         model.apply({"params": params}, tokens_of(), SEGMENTS, jnp.array([20, 20]))
+    with pytest.raises(ValueError, match=r"lengths=\[20, 0\]: .* end at \[20, 0\]"):
+        padding = jnp.stack([jnp.ones(20, jnp.int32), jnp.zeros(20, jnp.int32)])
+        model.apply({"params": params}, tokens_of(), padding, jnp.array([20, 0]))
     with pytest.raises(ValueError, match="a language model looks back only"):
         changed(bidirectional=True).build()
     with pytest.raises(NotImplementedError, match="'fft' cannot reset the state"):

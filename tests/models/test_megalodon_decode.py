@@ -150,7 +150,9 @@ def test_the_last_document_of_packed_or_left_padded_rows_goes_on(options):
     """As if it had been alone: its cache, and what comes after."""
     decoder, tokens, ends = decoder_of(**options), tokens_of()[:, :20], jnp.asarray([18, 20, 20])
     prefill, step = jax.jit(MegalodonDecoder.prefill), jax.jit(MegalodonDecoder.step)
-    logits, cache = prefill(decoder, tokens, ends, PACKED)
+    padded = jnp.where(PACKED > 0, tokens, -1)  # what stands where there is padding is not read
+    logits, cache = prefill(decoder, padded, ends, PACKED)
+    decoder.prefill(padded, ends, PACKED)
     first = jnp.asarray([5, 4, 0])
     np.testing.assert_array_equal(cache.lengths, ends - first)
     alone = jnp.stack([jnp.roll(row, -n) for row, n in zip(tokens, first.tolist(), strict=True)])
@@ -204,6 +206,8 @@ def test_a_hundred_thousand_tokens_in_a_constant_state():
 
 def test_bad_inputs():
     decoder = decoder_of()
+    with pytest.raises(TypeError, match="segment_ids"):
+        decoder.prefill(tokens_of()[:, :20], jnp.asarray([20] * 3), PACKED > 0)
     cache = decoder.new_cache(2)
     one = jnp.ones((2, 1), jnp.int32)
     with pytest.raises(ValueError, match=r"capacity=0: must be 1\.\."):

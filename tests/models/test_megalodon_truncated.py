@@ -145,15 +145,36 @@ def test_rows_that_never_get_there_cost_no_second_pass():
     short = TruncatedDecoder.create(decoder.decoder.model, decoder.decoder.params, 19, CHUNKS)
     logits, _ = short.prefill(tokens_of()[:, :19], jnp.asarray([19, 3]))
     np.testing.assert_allclose(logits[0], expected()[0][0, 18], atol=1e-5)
+    np.testing.assert_allclose(
+        short.stream_nats(tokens_of()[:, :19]), decoder.stream_nats(tokens_of())[:, :18], atol=1e-5
+    )
+
+
+def test_the_last_replacement_before_the_counters_end():
+    """The kept tokens are in order where the position and their number pass 2**31."""
+    decoder, tokens = decoder_of(), tokens_of()
+    _, cache = prefill(decoder, tokens, jnp.asarray([23, 23]))
+    step, far = jax.jit(TruncatedDecoder.step), 2**31 - 8
+    start = (far - 1) % decoder.kept_tokens
+    moved = cache.replace(
+        cache=cache.cache.replace(lengths=jnp.full((2,), far - 1, jnp.int32)),
+        recent=jnp.roll(cache.recent, start - 23 % decoder.kept_tokens, axis=1),
+    )
+    _, near = step(decoder, tokens[:, 23], cache)
+    _, distant = step(decoder, tokens[:, 23], moved)
+    for a, b in zip(
+        jax.tree.leaves(near.cache.norm), jax.tree.leaves(distant.cache.norm), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_bad_inputs():
     decoder = decoder_of()
     model, params = decoder.decoder.model, decoder.decoder.params
     one = jnp.ones((2, 1), jnp.int32)
-    with pytest.raises(ValueError, match="chunks=3: must be >= 4"):
+    with pytest.raises(ValueError, match="chunks=3: must be >= 4 chunks"):
         TruncatedDecoder.create(model, params, chunks=3)
-    with pytest.raises(ValueError, match="norm=LAYER: only TIMESTEP"):
+    with pytest.raises(ValueError, match="chunks=8: norm=LAYER, only TIMESTEP"):
         layer_norm = dataclasses.replace(CONFIG, norm=megalodon.NormKind.LAYER).build()
         TruncatedDecoder.create(layer_norm, params)
     with pytest.raises(TypeError, match="cache is a MegalodonCache: must be a TruncatedCache"):
@@ -163,7 +184,7 @@ def test_bad_inputs():
         decoder.extend(one, one[:, 0], other.new_cache(2))
     with pytest.raises(ValueError, match=r"ema is \(2, 16, 3\), but these rows"):
         decoder.step(one[:1, 0], decoder.new_cache(2))
-    with pytest.raises(ValueError, match=r"tokens \(2, 1\): a row must have 2\.\."):
+    with pytest.raises(ValueError, match=r"must be \[B, T\] with T in 2\.\.capacity="):
         decoder.stream_nats(one)
     with pytest.raises(ValueError, match=r"tokens hold ids 30\.\.30: must be 0\.\.29"):
         decoder.stream_nats(jnp.full((1, 3), 30))

@@ -85,6 +85,8 @@ def test_statistics_of_the_last_chunks(tmp_path):
     llama = dict(model=RUNS.proof_llama(), optimizer=OptimizerConfig())
     with pytest.raises(ValueError, match=r"LongContext\.truncate_chunks=4: must be 0 for a Llama3"):
         dataclasses.replace(smoke, **llama)
+    with pytest.raises(ValueError, match=r"LongContext\.truncate_chunks=3: must be >= 4 chunks"):
+        dataclasses.replace(smoke, truncate_chunks=3)
 
 
 @pytest.mark.parametrize(
