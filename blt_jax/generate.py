@@ -107,7 +107,7 @@ def load_tokenizer(path: pathlib.Path, vocab_size: int):
 
     Raises ValueError if it has more ids than the model's vocabulary.
     """
-    from blt_jax.data.tokenizers import TokenizerConfig, TokenizerKind
+    from blt_jax.data.tokenizers import TokenizerConfig, TokenizerKind, check_vocabulary
 
     config = TokenizerConfig()
     if vocab_size != 260:
@@ -120,10 +120,7 @@ def load_tokenizer(path: pathlib.Path, vocab_size: int):
             raise FileNotFoundError(f"{path} has none of {list(kinds)} for {vocab_size} ids")
         config = TokenizerConfig(kind=kinds[found[0]], path=str(path / found[0]))
     tokenizer = config.build()
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}"
-        )
+    check_vocabulary(tokenizer, vocab_size, path)
     return tokenizer
 
 

@@ -600,13 +600,37 @@ def _unpack_gzip(path: str) -> BinaryIO:
     return unpacked
 
 
-def _record_document(line: bytes, field: str, where: str) -> Document:
+def json_records(path: str | pathlib.Path, count: int = 0) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON lines, the first `count` (0: all), each with where it stands,
+    for errors; blank lines are left out.
+
+    Raises FileNotFoundError, and ValueError for a line that is no object, a file without any, and
+    a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"count={count}: must be >= 0 (0: all)")
+    records = []
+    for number, line in enumerate(pathlib.Path(path).read_bytes().split(b"\n"), 1):
+        if line.strip() and not (count and len(records) == count):
+            where = f"{path}, line {number}"
+            records.append((where, _record(line, where)))
+    if not records:
+        raise ValueError(f"{path}: no JSON object in it")
+    return records
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a JSON {type(record).__name__}; it must be an object")
+    return record
+
+
+def _record_document(line: bytes, field: str, where: str) -> Document:
+    record = _record(line, where)
     if field not in record:
         raise ValueError(f"{where}: no field {field!r}; the record has {sorted(record)}")
     if not isinstance(record[field], str):

@@ -3,14 +3,14 @@ sections 4.3 and 4.4): StreamEval's lines, and multiple choice as of ARC.
 """
 
 import dataclasses
-import json
-import pathlib
+import string
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from blt_jax.data.sources import json_records
 from blt_jax.data.tokenizers import Tokenizer
 
 LINE = "line {index}: REGISTER_CONTENT is <{value}>\n"
@@ -47,24 +47,25 @@ def line_questions(
 
     The first text has `distance` lines more, so that every question has an answer. Values are
     numbers of five digits, different within the stream. Line numbers count from 1. A pure function
-    of (seed, stream). Raises ValueError for numbers below 1 (distance: below 0), for more lines
-    than there are values and for templates without {index} or {value}.
+    of (seed, stream). Raises ValueError for numbers below 1 (distance and stream: below 0), for
+    more lines than there are values and for templates without {index} or {value}.
     """
     for name, value, least in (
-        *(("questions", questions, 1), ("every", every, 1)),
-        *(("distance", distance, 0), ("stream", stream, 0)),
+        ("questions", questions, 1),
+        ("every", every, 1),
+        ("distance", distance, 0),
+        ("stream", stream, 0),
     ):
         if value < least:
             raise ValueError(f"{name}={value}: must be >= {least}")
-    for name, template, wanted in (
-        ("line", line, ("{index}", "{value}")),
-        ("question", question, ("{index}",)),
-    ):
-        if any(part not in template for part in wanted):
-            raise ValueError(f"{name}={template!r}: must hold {' and '.join(wanted)}")
+    check_template("line", line, ("index", "value"))
+    check_template("question", question, ("index",))
     total = distance + every * questions
     if total > 90_000:
-        raise ValueError(f"questions={questions}: {total} lines, there are 90000 values")
+        raise ValueError(
+            f"questions={questions}, every={every}, distance={distance}: {total} lines, there are "
+            "values for 90000"
+        )
     values = 10_000 + np.random.default_rng((seed, stream)).permutation(90_000)[:total]
     lines = [line.format(index=i, value=value) for i, value in enumerate(values, 1)]
     result, start = [], 0
@@ -88,31 +89,39 @@ def choice_questions(
     """Multiple choice from JSON lines in either layout of ARC, the first `count` (0: all); the
     answer is a space and the label.
 
-    Raises FileNotFoundError, and ValueError for a line of another layout, a label that is no
-    choice, a file without questions, and templates without their fields.
+    Raises as `json_records`, and ValueError for a line of another layout, labels that are not
+    different texts, an answer that is no label, and templates without their fields.
     """
-    for name, template, wanted in (
-        ("question", question, ("{question}", "{choices}")),
-        ("choice", choice, ("{label}", "{text}")),
-    ):
-        if any(part not in template for part in wanted):
-            raise ValueError(f"{name}={template!r}: must hold {' and '.join(wanted)}")
-    lines = [line for line in pathlib.Path(path).read_text().splitlines() if line.strip()]
+    check_template("question", question, ("question", "choices"))
+    check_template("choice", choice, ("label", "text"))
     result = []
-    for number, line in enumerate(lines[: count or None], 1):
+    for where, entry in json_records(path, count):
         try:
-            asked, pairs, label = _arc(json.loads(line))
+            asked, pairs, label = _arc(entry)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: line {number} is no question of ARC ({error!r})") from error
-        if label not in dict(pairs):
-            labels = [name for name, _ in pairs]
-            raise ValueError(f"{path}: line {number} has answer {label!r}, choices {labels}")
+            raise ValueError(f"{where} is no question of ARC ({error!r})") from error
+        labels = [name for name, _ in pairs]
+        if not all(isinstance(name, str) for name in labels) or len(set(labels)) < len(labels):
+            raise ValueError(f"{where} has choices {labels}: must be different texts")
+        if label not in labels:
+            raise ValueError(f"{where} has answer {label!r}, choices {labels}")
         choices = "\n".join(choice.format(label=name, text=text) for name, text in pairs)
         text = question.format(question=asked, choices=choices)
         result.append(StreamedQuestion(text, f" {label}", ending))
-    if not result:
-        raise ValueError(f"{path}: no questions")
     return result
+
+
+def check_template(name: str, template: str, fields: Sequence[str]) -> None:
+    """Raises ValueError unless a format string has these fields and no others."""
+    try:
+        found = {
+            field for _, field, _, _ in string.Formatter().parse(template) if field is not None
+        }
+    except ValueError as error:
+        raise ValueError(f"{name}={template!r}: {error}") from error
+    if found != set(fields):
+        wanted = " and ".join(f"{{{field}}}" for field in fields)
+        raise ValueError(f"{name}={template!r}: must have {wanted}, and no other field")
 
 
 def _arc(entry: dict[str, Any]) -> tuple[str, list[tuple[str, str]], str]:
@@ -134,11 +143,14 @@ def encode_stream(
     """The ids of all questions with their true answers, and of every id the number of the question
     (1..) whose answer it belongs to, 0 for the others. BOS comes first.
 
-    An id of both text and answer counts as answer: a model that continues text has to write it.
-    Raises ValueError for an answer that shares an id with its ending.
+    Every question is encoded by itself (SentencePiece puts a space in front of each). An id of both
+    text and answer counts as answer: a model that continues text has to write it. Raises ValueError
+    for an empty answer and for one that shares an id with its ending.
     """
     ids, owners = [np.asarray([tokenizer.bos_id])], [np.zeros(1)]
     for number, asked in enumerate(questions, 1):
+        if not asked.answer:
+            raise ValueError(f"question {number} has no answer")
         parts = (asked.text, asked.text + asked.answer, asked.text + asked.answer + asked.ending)
         text, answered, whole = (np.asarray(tokenizer.encode(part)) for part in parts)
         start, end = _common(text, whole), _common(answered, whole)

@@ -564,6 +564,14 @@ def decode_text(tokenizer: Tokenizer, ids: Any) -> str:
     return tokenizer.decode(ids).decode("utf-8", errors="ignore")
 
 
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: Any) -> None:
+    """Raises ValueError, which begins with `where`, if the tokenizer has more ids than the model."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}"
+        )
+
+
 def encode_document(tokenizer: Tokenizer, text: bytes | str) -> Int32[np.ndarray, "n"]:
     """Ids of a whole document, BOS first and EOS last, as the loader packs it."""
     return tokenizer.encode(text, bos=True, eos=True)

@@ -5,13 +5,13 @@ questions (as of GSM8K) and a text with worked examples, which every prompt begi
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 
 import jax
 import numpy as np
 
+from blt_jax.data.sources import json_records
 from blt_jax.data.tokenizers import Tokenizer, TokenizerConfig
 from blt_jax.decoding.contrastive_decoding import ContrastiveDecoder, check_strengths
 from blt_jax.decoding.decoder import token_decoder
@@ -123,18 +123,15 @@ class ContrastiveQuestions(Experiment):
 def read_questions(path: str, count: int = 0) -> tuple[list[str], list[str]]:
     """Questions and answers of a JSON-lines file, the first `count` (0: all).
 
-    Raises ValueError naming the line that lacks one of them or whose answer has no number.
+    Raises as `json_records`, and ValueError naming the line that lacks one of them or whose answer
+    has no number.
     """
     asked, solved = [], []
-    lines = [line for line in pathlib.Path(path).read_text().splitlines() if line.strip()]
-    for number, line in enumerate(lines[: count or None], 1):
-        entry = json.loads(line)
+    for where, entry in json_records(path, count):
         if not {"question", "answer"} <= entry.keys() or last_number(entry["answer"]) is None:
-            raise ValueError(f"{path}: line {number} needs a question, and an answer with a number")
+            raise ValueError(f"{where} needs a question, and an answer with a number")
         asked.append(entry["question"])
         solved.append(entry["answer"])
-    if not asked:
-        raise ValueError(f"{path}: no questions")
     return asked, solved
 
 

@@ -84,6 +84,25 @@ def position_figure(lines: dict[str, np.ndarray], bucket: int, trained_length: i
     return figure
 
 
+def accuracy_figure(
+    lines: dict[str, list[float]], distances: Sequence[int], label: str, chance: float | None = None
+) -> Any:
+    """Exact matches over the distance, one line per mode, and those by chance."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in lines.items():
+        axes.plot(distances, values, marker=".", label=name)
+    if chance is not None:
+        axes.axhline(chance, color="grey", linestyle=":", label="chance")
+    axes.set_xlabel(label)
+    axes.set_ylabel("exact matches")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
 # -------------------------------------------------------------------------------------- text
 
 
@@ -320,7 +339,9 @@ class StreamEval(Pretraining):
                 accuracy = float(right.mean())
                 numbers[f"accuracy_{name}_{self.tokens_back(distance)}"] = accuracy
                 lines[name].append(accuracy)
-        context.writer.figure("accuracy_by_distance", self._figure(lines))
+        back = [self.tokens_back(distance) for distance in self.distances]
+        label, chance = "tokens between the line and the answer", self.num_symbols**-VALUE
+        context.writer.figure("accuracy_by_distance", accuracy_figure(lines, back, label, chance))
         return numbers
 
     def tokens_back(self, distance: int) -> int:
@@ -335,19 +356,3 @@ class StreamEval(Pretraining):
             return key_value_rows(numbers, seed, **task, distance=distance)
 
         return GeneratedBatches(data, make, rows)
-
-    def _figure(self, lines: dict[str, list[float]]) -> Any:
-        import matplotlib.figure
-
-        figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        back = [self.tokens_back(distance) for distance in self.distances]
-        for name, values in lines.items():
-            axes.plot(back, values, marker=".", label=name)
-        chance = self.num_symbols**-VALUE
-        axes.axhline(chance, color="grey", linestyle=":", label="chance")
-        axes.set_xlabel("tokens between the line and the answer")
-        axes.set_ylabel("exact matches")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        return figure

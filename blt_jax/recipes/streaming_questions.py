@@ -20,16 +20,21 @@ from blt_jax.data.streamed_questions import (
     LINE_ENDING,
     LINE_QUESTION,
     StreamedQuestion,
+    check_template,
     choice_questions,
     encode_stream,
     line_questions,
 )
-from blt_jax.data.tokenizers import TokenizerConfig
+from blt_jax.data.tokenizers import TokenizerConfig, check_vocabulary
 from blt_jax.decoding.streaming_llm import dense
 from blt_jax.interop import hugging_face
 from blt_jax.layers.model import Model
-from blt_jax.recipes.streaming import Modes, check_modes, scores_by_mode
+from blt_jax.recipes.streaming import Modes, accuracy_figure, check_modes, scores_by_mode
 from blt_jax.train.pretraining import Context, Experiment
+
+ALONE = "alone"
+LENGTH_STEP = 128
+"""Streams are padded to multiples of it, one program for each."""
 
 
 def answered(
@@ -38,6 +43,7 @@ def answered(
     """For every mode whether each question of streams, as `encode_stream` gives them, is answered:
     bool, one after the other."""
     longest = max(len(ids) for ids, _ in streams)
+    longest += -longest % LENGTH_STEP
     tokens, owners = (
         np.stack([np.pad(stream[part], (0, longest - len(stream[part]))) for stream in streams])
         for part in (0, 1)
@@ -75,11 +81,7 @@ class StreamedQuestions(Experiment):
         model, params = hugging_face.load_pretrained(self.model_path)
         check_modes(type(self).__name__, self.modes, model.config)
         tokenizer = self.tokenizer.build()
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"{self.model_path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
-                f"{model.config.vocab_size}"
-            )
+        check_vocabulary(tokenizer, model.config.vocab_size, self.model_path)
         return model, params, tokenizer
 
     def _accuracies(
@@ -120,7 +122,10 @@ class LineStream(StreamedQuestions):
             raise ValueError(f"LineStream.distances={self.distances}: must be >= 0, not empty")
         if self.streams < 1:
             raise ValueError(f"LineStream.streams={self.streams}: must be >= 1")
-        self._stream(0, max(self.distances))
+        try:
+            self._stream(0, max(self.distances))
+        except ValueError as error:
+            raise ValueError(f"LineStream.{error}") from error
 
     def _stream(self, number: int, distance: int) -> list[StreamedQuestion]:
         task = dict(questions=self.questions, distance=distance, every=self.every)
@@ -140,21 +145,10 @@ class LineStream(StreamedQuestions):
             for name, value in self._accuracies(loaded, self.modes, streams).items():
                 numbers[f"accuracy_{name}_{distance}"] = value
                 lines[name].append(value)
-        context.writer.figure("accuracy_by_distance", self._figure(lines))
+        label = "lines between the line and its question"
+        figure = accuracy_figure(lines, self.distances, label)
+        context.writer.figure("accuracy_by_distance", figure)
         return numbers
-
-    def _figure(self, lines: dict[str, list[float]]) -> Any:
-        import matplotlib.figure
-
-        figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for name, values in lines.items():
-            axes.plot(self.distances, values, marker=".", label=name)
-        axes.set_xlabel("lines between the line and its question")
-        axes.set_ylabel("exact matches")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        return figure
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -175,6 +169,10 @@ class ChoiceStream(StreamedQuestions):
         super().__post_init__()
         if self.count < 0:
             raise ValueError(f"ChoiceStream.count={self.count}: must be >= 0 (0: all)")
+        check_template("ChoiceStream.prompt", self.prompt, ("question", "choices"))
+        check_template("ChoiceStream.choice", self.choice, ("label", "text"))
+        if ALONE in dict(self.modes):
+            raise ValueError(f"ChoiceStream.modes has {ALONE!r}, which names what is no mode")
 
     def run(self, context: Context) -> dict[str, float]:
         """`accuracy_<mode>` in the stream, and `accuracy_alone`.
@@ -185,6 +183,6 @@ class ChoiceStream(StreamedQuestions):
         layout = dict(question=self.prompt, choice=self.choice, ending=self.ending)
         asked = choice_questions(self.questions, self.count, **layout)
         loaded = self._load()
-        alone = self._accuracies(loaded, (("alone", dense()),), [[each] for each in asked])
+        alone = self._accuracies(loaded, ((ALONE, dense()),), [[each] for each in asked])
         streamed = self._accuracies(loaded, self.modes, [asked])
         return {f"accuracy_{name}": value for name, value in (alone | streamed).items()}

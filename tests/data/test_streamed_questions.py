@@ -55,6 +55,13 @@ def test_both_layouts_of_arc(tmp_path):
     assert second.text == "Question: Which is wet?\n1. rain\n2. sand\nAnswer:"
     assert second.answer == " 1"
     assert choice_questions(str(path), 1) == [first]
+    # A byte order mark, and a line separator that is none of JSON lines.
+    separated = PUBLISHED | {"question": PUBLISHED["question"] | {"stem": "Which\u2028is hot?"}}
+    path.write_text("\ufeff" + json.dumps(separated, ensure_ascii=False), encoding="utf-8")
+    assert choice_questions(str(path))[0].text.startswith("Question: Which\u2028is hot?")
+    # Formats within a template.
+    numbered = line_questions(0, 0, questions=1, distance=0, line="{index:03d}={value}\n")
+    assert numbered[0].text.startswith("001=")
 
 
 class PairTokenizer(ByteTokenizer):
@@ -98,19 +105,30 @@ def test_bad_inputs(tmp_path):
         line_questions(0, 0, questions=0, distance=1)
     with pytest.raises(ValueError, match="distance=-1: must be >= 0"):
         line_questions(0, 0, questions=1, distance=-1)
-    with pytest.raises(ValueError, match="questions=9001: 90010 lines, there are 90000 values"):
+    with pytest.raises(ValueError, match="questions=9001, every=10, distance=0: 90010 lines"):
         line_questions(0, 0, questions=9001, distance=0)
-    with pytest.raises(ValueError, match=r"line='\{index\}': must hold \{index\} and \{value\}"):
+    with pytest.raises(ValueError, match=r"line='\{index\}': must have \{index\} and \{value\}"):
         line_questions(0, 0, questions=1, distance=0, line="{index}")
+    for line in ("{{index}} {{value}}", "{index} {value} {x}", "{index} {value"):
+        with pytest.raises(ValueError, match="line="):
+            line_questions(0, 0, questions=1, distance=0, line=line)
+    with pytest.raises(ValueError, match="question 1 has no answer"):
+        encode_stream(ByteTokenizer(), [StreamedQuestion("a", "", "")])
     path = tmp_path / "arc.jsonl"
-    path.write_text(json.dumps(PUBLISHED | {"answerKey": "E"}))
-    with pytest.raises(ValueError, match=r"line 1 has answer 'E', choices \['A', 'B'\]"):
+    path.write_text("\n\n" + json.dumps(PUBLISHED | {"answerKey": "E"}))
+    with pytest.raises(ValueError, match=r"line 3 has answer 'E', choices \['A', 'B'\]"):
         choice_questions(str(path))
     path.write_text(json.dumps(LISTED) + "\n" + json.dumps({"question": "why?"}))
-    with pytest.raises(ValueError, match=r"arc\.jsonl: line 2 is no question of ARC"):
+    with pytest.raises(ValueError, match=r"arc\.jsonl, line 2 is no question of ARC"):
         choice_questions(str(path))
-    with pytest.raises(ValueError, match=r"choice='x': must hold \{label\} and \{text\}"):
+    with pytest.raises(ValueError, match=r"choice='x': must have \{label\} and \{text\}"):
         choice_questions(str(path), choice="x")
+    twice = {"question": "?", "choices": {"label": ["A", "A"], "text": "xy"}, "answerKey": "A"}
+    path.write_text(json.dumps(twice))
+    with pytest.raises(ValueError, match=r"line 1 has choices \['A', 'A'\]: must be different"):
+        choice_questions(str(path))
+    with pytest.raises(ValueError, match="count=-1: must be >= 0"):
+        choice_questions(str(path), -1)
     path.write_text("\n")
-    with pytest.raises(ValueError, match=r"arc\.jsonl: no questions"):
+    with pytest.raises(ValueError, match=r"arc\.jsonl: no JSON object"):
         choice_questions(str(path))

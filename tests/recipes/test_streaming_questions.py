@@ -135,8 +135,8 @@ def test_a_pretrained_model_reads_a_text(folder, tmp_path):
         (dict(batch_size=0), r"LineStream\.batch_size=0: must be >= 1"),
         (dict(distances=()), r"LineStream\.distances=\(\): must be >= 0, not empty"),
         (dict(streams=0), r"LineStream\.streams=0: must be >= 1"),
-        (dict(questions=0), r"questions=0: must be >= 1"),
-        (dict(question="Which?"), r"question='Which\?': must hold \{index\}"),
+        (dict(questions=0), r"LineStream\.questions=0: must be >= 1"),
+        (dict(question="Which?"), r"LineStream\.question='Which\?': must have \{index\}, and no"),
     ],
 )
 def test_bad_fields(change, message):
@@ -153,5 +153,9 @@ def test_bad_models(folder, tmp_path):
     config = ChoiceStream(model_path=folder, tokenizer=TokenizerConfig(), **options)
     with pytest.raises(ValueError, match=r"ChoiceStream\.modes=\[\]: give"):
         run_experiment(config, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"ChoiceStream\.prompt='x': must have \{question\}"):
+        dataclasses.replace(config, prompt="x")
+    with pytest.raises(ValueError, match=r"ChoiceStream\.modes has 'alone'"):
+        dataclasses.replace(config, modes=(("alone", dense()),))
     with pytest.raises(ValueError, match=r"ChoiceStream\.count=-1"):
         dataclasses.replace(config, count=-1)
