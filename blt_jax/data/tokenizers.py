@@ -565,7 +565,7 @@ def decode_text(tokenizer: Tokenizer, ids: Any) -> str:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: Any) -> None:
-    """Raises ValueError, which begins with `where`, if the tokenizer has more ids than the model."""
+    """Raises ValueError, naming `where`, if the tokenizer has more ids than the model."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}"
