@@ -4,6 +4,8 @@ Rows m=2048, k=512, n=1024, 8 groups, float32; the sizes are traced, one compile
 of them. `forward` is gmm, `gradients` the two gradients at a given cotangent, without the
 forward product (for the dense product: its two transposed products). Medians of calls in
 alternation. `over ragged_dot` is its time over ours, `of dense` the dense product's time over ours.
+`tokens`: forward and both gradients from 1024 tokens with 2 of 8 experts (these sizes) or 6 of 64
+(n=176), gathered inside of gmm beside `sort_rows` before it, whose time over ours is `over sorted`.
 """
 
 import functools
@@ -48,7 +50,47 @@ def rows() -> list[dict]:
                     "of dense": found["dense"] / found["gmm"],
                 }
             )
-    return table
+    return table + [_tokens(*case) for case in ((2, 8, COLUMNS), (6, 64, 176))]
+
+
+def _tokens(choices: int, experts: int, columns: int) -> dict:
+    """A row for tokens gathered inside of the product."""
+    rng, count = np.random.default_rng(0), 1024
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    ids = jnp.asarray(rng.integers(0, experts, (count, choices)), jnp.int32)
+    arguments = (
+        normal(count, WIDTH),
+        normal(experts, WIDTH, columns),
+        normal(count * choices, columns),
+        pallas_kernels.sort_by_expert(ids, experts),
+    )
+
+    def program(product):
+        def run(x, weights, dout, routing):
+            out, vjp = jax.vjp(functools.partial(product, routing), x, weights)
+            return out, vjp(dout)
+
+        return functools.partial(jax.jit(run), *arguments)
+
+    def gathered(routing, x, weights):
+        return pallas_kernels.gmm(x, weights, routing.group_sizes, routing=routing)
+
+    def sorted_before(routing, x, weights):
+        rows = pallas_kernels.sort_rows(x, routing)
+        return pallas_kernels.gmm(rows, weights, routing.group_sizes)
+
+    runs = {"gathered": program(gathered), "sorted": program(sorted_before)}
+    found = medians(runs, alternations=7, limit=2.5)
+    return {
+        "pass": "tokens",
+        "sizes": f"{choices} of {experts}",
+        "gmm ms": found["gathered"],
+        "sorted ms": found["sorted"],
+        "over sorted": found["sorted"] / found["gathered"],
+    }
 
 
 def _ragged_dot(lhs, rhs, sizes):

@@ -25,6 +25,7 @@ from pallas_kernels.grouped_matmul import metadata as metadata_lib
 from pallas_kernels.grouped_matmul import vjp
 from pallas_kernels.grouped_matmul.forms import FORMS
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
+from pallas_kernels.grouped_matmul.routing import Routing, checked
 
 ACTIVATIONS = (None, "swiglu")
 
@@ -75,6 +76,7 @@ def gmm(
     activation: str | None = None,
     preferred_element_type: DTypeLike | None = None,
     tiling: tuple[int, int, int] | None = None,
+    routing: Routing | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Rows of group i times rhs[i]: lhs[m, k], rhs[g, k, n] -> [m, n].
@@ -84,6 +86,9 @@ def gmm(
     activation: "swiglu" takes rhs = [gate | up] of [g, k, 2n] and returns silu(gate) * up, [m, n].
     preferred_element_type: dtype of the result, lhs's if None.
     tiling: rows, contracted width and columns of a kernel's tile; chosen from the shape if None.
+    routing: of `sort_by_expert`; lhs holds the tokens [T, k], which are gathered inside of the
+        product (on TPU, and by "reference" and "ragged_dot", before it) and kept for its gradients
+        in place of the m = T K rows.
     implementation: None, "reference", "xla", "tpu", "gpu", "interpret" (the TPU kernel in Pallas'
         interpreter), "interpret_gpu" (the Triton kernel there) or "ragged_dot".
     """
@@ -104,7 +109,8 @@ def gmm(
             f"rhs has shape {rhs.shape}, transpose_rhs={transpose_rhs}"
         )
     tiling = _tiling(tiling)
-    metadata = _metadata(group_sizes, lhs.shape[0], group_offset, rhs.shape[0], tiling)
+    given = group_sizes, lhs, routing, group_offset, rhs.shape[0], tiling
+    metadata = _metadata(*given)
     options = vjp.Options(
         form=dispatch.choose("gmm", implementation, FORMS),
         out_dtype=_result_dtype(preferred_element_type, lhs),
@@ -125,22 +131,24 @@ def tgmm(
     num_local_groups: int | None = None,
     preferred_element_type: DTypeLike | None = None,
     tiling: tuple[int, int, int] | None = None,
+    routing: Routing | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """lhs^T dout of every group's rows: lhs[m, k], dout[m, n] -> [g, k, n].
 
     num_local_groups: g, all groups if None. tiling: rows of a tile, columns of lhs and of dout.
-    The other arguments are those of `gmm`.
+    The other arguments are those of `gmm`; with routing, lhs holds the tokens and dout the rows.
     """
     lhs = floating("lhs", lhs, 2)
     dout = floating("dout", dout, 2)
     _same_dtype("dout", dout, lhs)
-    if dout.shape[0] != lhs.shape[0]:
-        raise ValueError(
-            f"dout has shape {dout.shape}; {lhs.shape[0]} rows are needed beside lhs {lhs.shape}"
-        )
     tiling = _tiling(tiling)
-    metadata = _metadata(group_sizes, lhs.shape[0], group_offset, num_local_groups, tiling)
+    metadata = _metadata(group_sizes, lhs, routing, group_offset, num_local_groups, tiling)
+    if dout.shape[0] != metadata.num_rows:
+        raise ValueError(
+            f"dout has shape {dout.shape}; {metadata.num_rows} rows are needed beside lhs "
+            f"{lhs.shape}"
+        )
     options = vjp.Options(
         form=dispatch.choose("tgmm", implementation, FORMS),
         out_dtype=_result_dtype(preferred_element_type, lhs),
@@ -149,7 +157,20 @@ def tgmm(
     return vjp.tgmm(lhs, dout, metadata, options)
 
 
-def _metadata(group_sizes, num_rows, group_offset, num_local_groups, tiling) -> GroupMetadata:
+def _metadata(group_sizes, lhs, routing, group_offset, num_local_groups, tiling) -> GroupMetadata:
+    num_rows = lhs.shape[0]
+    if routing is not None:
+        tokens, choices = checked(routing).inverse.shape
+        if tokens != num_rows:
+            raise ValueError(f"lhs has shape {lhs.shape}; {tokens} tokens are needed for routing")
+        num_rows = tokens * choices
+    metadata = _of_sizes(group_sizes, num_rows, group_offset, num_local_groups, tiling)
+    if routing is None:
+        return metadata
+    return metadata.of_tokens(routing.order, routing.inverse)
+
+
+def _of_sizes(group_sizes, num_rows, group_offset, num_local_groups, tiling) -> GroupMetadata:
     if not isinstance(group_sizes, GroupMetadata):
         return make_group_metadata(
             group_sizes,
@@ -162,7 +183,9 @@ def _metadata(group_sizes, num_rows, group_offset, num_local_groups, tiling) -> 
     if group_offset is not None:
         raise ValueError("group_offset is part of the metadata; give it to make_group_metadata")
     if given.num_rows != num_rows:
-        raise ValueError(f"the metadata is of {given.num_rows} rows; lhs has {num_rows}")
+        raise ValueError(f"the metadata is of {given.num_rows} rows; {num_rows} are needed")
+    if given.tokens is not None:
+        raise ValueError("the metadata is of tokens already; give routing to each product alone")
     if num_local_groups not in (None, given.num_local_groups):
         raise ValueError(
             f"the metadata is of {given.num_local_groups} local groups, not {num_local_groups}"

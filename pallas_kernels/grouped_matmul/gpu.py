@@ -3,7 +3,7 @@
 `gmm` runs one program per visit of a row tile (`metadata.py`), half tile where that is more than
 128 rows, and column tile; programs past the last visit end at once. `tgmm` runs one program per
 group and tile of its result, which walks the group's rows from their very start. Rows of other
-groups are masked where they are loaded, so that nothing of them is read.
+groups are masked where they are loaded, so that nothing of them is read; tokens are gathered there.
 """
 
 import functools
@@ -65,7 +65,7 @@ def _gmm_call(transpose_rhs, gated, out_dtype, tiling, interpret, lhs, rhs, meta
     )
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((lhs.shape[0], columns), out_dtype),
+        out_shape=jax.ShapeDtypeStruct((metadata.num_rows, columns), out_dtype),
         grid=(metadata.visit_groups.shape[0] * parts, pl.cdiv(columns, outer)),
         compiler_params=_compiler_params(rows * outer * (2 if gated else 1)),
         interpret=interpret,
@@ -76,6 +76,7 @@ def _gmm_call(transpose_rhs, gated, out_dtype, tiling, interpret, lhs, rhs, meta
         metadata.visit_tiles,
         metadata.visit_weights,
         metadata.num_visits,
+        *_given(metadata.tokens),
         lhs,
         rhs,
     )
@@ -87,10 +88,7 @@ def _gmm_kernel(
     tiles,
     weights,
     num_visits,
-    lhs,
-    rhs,
-    out,
-    *,
+    *refs,
     rows,
     inner,
     outer,
@@ -99,6 +97,7 @@ def _gmm_kernel(
     transpose_rhs,
     gated,
 ):
+    *tokens, lhs, rhs, out = refs
     visit, part = pl.program_id(0) // parts, pl.program_id(0) % parts
     column = pl.program_id(1) * outer + jnp.arange(outer, dtype=jnp.int32)
     group, weight = groups[visit], weights[visit]
@@ -108,12 +107,13 @@ def _gmm_kernel(
     @pl.when((visit < num_visits[0]) & (low < end) & (low + rows > begin))
     def _():
         row = low + jnp.arange(rows, dtype=jnp.int32)
-        own = ((row >= begin) & (row < end))[:, None]
+        own = (row >= begin) & (row < end)
+        source, own = _source(tokens, row, own), own[:, None]
         shifts = (0, out.shape[1]) if gated else (0,)
 
         def add(step, sums):
             k = step * inner + jnp.arange(inner, dtype=jnp.int32)
-            left = _load(lhs, (row[:, None], k[None]), own & (k < lhs.shape[1])[None])
+            left = _load(lhs, (source[:, None], k[None]), own & (k < lhs.shape[1])[None])
             return tuple(
                 total + _product(left, k, column + shift)
                 for total, shift in zip(sums, shifts, strict=True)
@@ -161,10 +161,11 @@ def _tgmm_call(out_dtype, tiling, interpret, lhs, dout, metadata):
         compiler_params=_compiler_params(inner * outer),
         interpret=interpret,
         name="tgmm",
-    )(metadata.bounds, lhs, dout)
+    )(metadata.bounds, *_given(metadata.tokens), lhs, dout)
 
 
-def _tgmm_kernel(bounds, lhs, dout, out, *, rows, inner, outer):
+def _tgmm_kernel(bounds, *refs, rows, inner, outer):
+    *tokens, lhs, dout, out = refs
     group = pl.program_id(2)
     begin, end = bounds[group + 1], bounds[group + 2]
     left_column = pl.program_id(0) * inner + jnp.arange(inner, dtype=jnp.int32)
@@ -172,9 +173,9 @@ def _tgmm_kernel(bounds, lhs, dout, out, *, rows, inner, outer):
 
     def add(step, total):
         row = begin + step * rows + jnp.arange(rows, dtype=jnp.int32)
-        own = (row < end)[:, None]
+        source, own = _source(tokens, row, row < end), (row < end)[:, None]
         left = _load(
-            lhs, (row[:, None], left_column[None]), own & (left_column < lhs.shape[1])[None]
+            lhs, (source[:, None], left_column[None]), own & (left_column < lhs.shape[1])[None]
         )
         right = _load(
             dout, (row[:, None], right_column[None]), own & (right_column < dout.shape[1])[None]
@@ -189,6 +190,17 @@ def _tgmm_kernel(bounds, lhs, dout, out, *, rows, inner, outer):
         total.astype(out.dtype),
         mask=inside,
     )
+
+
+def _given(tokens) -> tuple[jax.Array, ...]:
+    return () if tokens is None else (tokens,)
+
+
+def _source(tokens, row, own) -> jax.Array:
+    """The rows of lhs for the sorted rows, those that are a group's `own`."""
+    if not tokens:
+        return row
+    return plgpu.load(tokens[0].at[row], mask=own, other=0)
 
 
 def _load(ref, index, mask) -> jax.Array:

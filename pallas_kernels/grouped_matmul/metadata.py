@@ -30,6 +30,8 @@ class GroupMetadata:
         visit beside it, so that none are copied for it.
     update_groups[u], update_tiles[u], num_updates[1]: the pairs `tgmm` walks, u = tiles + g - 1
         at most and at least g: local groups only, an empty one is visited once.
+    tokens[m], inverse[T, K]: where lhs holds tokens, the token of every row, and the rows of every
+        token; None where it holds the rows.
     """
 
     starts: Any
@@ -46,10 +48,25 @@ class GroupMetadata:
     num_rows: int = dataclasses.field(metadata=dict(static=True))
     tile_rows: int = dataclasses.field(metadata=dict(static=True))
     num_groups: int = dataclasses.field(metadata=dict(static=True))
+    tokens: Any = None
+    inverse: Any = None
 
     @property
     def num_local_groups(self) -> int:
         return self.starts.shape[0]
+
+    def of_tokens(self, order: jax.Array, inverse: jax.Array) -> "GroupMetadata":
+        """The same layout for an lhs of tokens; order, inverse: of `routing.Routing`."""
+        tokens = order // np.int32(inverse.shape[1])
+        return dataclasses.replace(self, tokens=tokens, inverse=inverse)
+
+    def of_rows(self) -> "GroupMetadata":
+        """The same layout for an lhs of rows."""
+        return dataclasses.replace(self, tokens=None, inverse=None)
+
+    def rows_of(self, lhs: jax.Array) -> jax.Array:
+        """The rows [m, k], for products that cannot gather by themselves."""
+        return lhs if self.tokens is None else lhs.at[self.tokens].get(mode="promise_in_bounds")
 
 
 def make(group_sizes, num_rows, group_offset, num_local_groups, tile_rows) -> GroupMetadata:

@@ -21,7 +21,7 @@ def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> 
     if transpose_rhs:
         rhs = rhs.swapaxes(1, 2)
     product = functools.partial(lax.ragged_dot, preferred_element_type=accumulator(lhs.dtype))
-    out = one_by_one(product)(_own(lhs, metadata), rhs, metadata.sizes)
+    out = one_by_one(product)(_own(metadata.rows_of(lhs), metadata), rhs, metadata.sizes)
     return _own(out.astype(out_dtype), metadata)
 
 
@@ -39,7 +39,8 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
         ragged_dot_dimension_numbers=numbers,
         preferred_element_type=accumulator(lhs.dtype),
     )
-    out = one_by_one(product)(_own(lhs, metadata), _own(dout, metadata), metadata.sizes)
+    lhs = _own(metadata.rows_of(lhs), metadata)
+    out = one_by_one(product)(lhs, _own(dout, metadata), metadata.sizes)
     return out.astype(out_dtype)
 
 

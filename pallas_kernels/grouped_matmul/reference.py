@@ -12,7 +12,7 @@ def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> 
     del tiling
     if transpose_rhs:
         rhs = rhs.swapaxes(1, 2)
-    dtype = accumulator(lhs.dtype)
+    dtype, lhs = accumulator(lhs.dtype), metadata.rows_of(lhs)
     lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
     out = jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
     for group in range(rhs.shape[0]):
@@ -25,7 +25,7 @@ def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> 
 def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
     """See `api.tgmm`."""
     del tiling
-    dtype = accumulator(lhs.dtype)
+    dtype, lhs = accumulator(lhs.dtype), metadata.rows_of(lhs)
     lhs, dout = lhs.astype(dtype), dout.astype(dtype)
     products = []
     for group in range(metadata.num_local_groups):

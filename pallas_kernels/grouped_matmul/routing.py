@@ -51,7 +51,7 @@ def sort_by_expert(expert_ids: ArrayLike, num_experts: int) -> Routing:
 
 def sort_rows(x: ArrayLike, routing: Routing) -> jax.Array:
     """The token of every row: x[T, D] -> [rows, D]."""
-    x, tokens = array("x", x), _checked(routing).inverse.shape[0]
+    x, tokens = array("x", x), checked(routing).inverse.shape[0]
     if x.ndim != 2 or x.shape[0] != tokens:
         raise ValueError(f"x has shape {x.shape}; [{tokens}, D] is needed for the routing")
     return _sort_rows(x, routing)
@@ -67,7 +67,7 @@ def _sort_rows_forward(x, routing):
 
 
 def _sort_rows_backward(routing, g):
-    return _sum_of_choices(g, routing.inverse, None).astype(g.dtype), None
+    return sum_of_choices(g, routing.inverse).astype(g.dtype), None
 
 
 _sort_rows.defvjp(_sort_rows_forward, _sort_rows_backward)
@@ -75,7 +75,7 @@ _sort_rows.defvjp(_sort_rows_forward, _sort_rows_backward)
 
 def unsort_rows(rows: ArrayLike, weights: ArrayLike, routing: Routing) -> jax.Array:
     """The weighted sum of every token's rows: rows[rows, D], weights[T, K] -> [T, D]."""
-    rows, count = floating("rows", rows, 2), _checked(routing).order.shape[0]
+    rows, count = floating("rows", rows, 2), checked(routing).order.shape[0]
     if rows.shape[0] != count:
         raise ValueError(f"rows has shape {rows.shape}; [{count}, D] is needed for the routing")
     weights = floating("weights", weights, 2)
@@ -83,7 +83,8 @@ def unsort_rows(rows: ArrayLike, weights: ArrayLike, routing: Routing) -> jax.Ar
     return _unsort_rows(rows, weights, routing)
 
 
-def _checked(routing) -> Routing:
+def checked(routing) -> Routing:
+    """Raises TypeError unless it is a Routing."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing={routing!r:.40} must be what sort_by_expert returns")
     return routing
@@ -91,7 +92,7 @@ def _checked(routing) -> Routing:
 
 @jax.custom_vjp
 def _unsort_rows(rows, weights, routing) -> jax.Array:
-    return _sum_of_choices(rows, routing.inverse, weights).astype(rows.dtype)
+    return sum_of_choices(rows, routing.inverse, weights).astype(rows.dtype)
 
 
 def _unsort_rows_forward(rows, weights, routing):
@@ -113,7 +114,8 @@ def _unsort_rows_backward(residuals, g):
 _unsort_rows.defvjp(_unsort_rows_forward, _unsort_rows_backward)
 
 
-def _sum_of_choices(rows, inverse, weights) -> jax.Array:
+def sum_of_choices(rows, inverse, weights=None) -> jax.Array:
+    """The sum of every token's rows, weighted or not, in the type in which products are summed."""
     total = 0
     for choice in range(inverse.shape[1]):
         taken = _take(rows, inverse[:, choice]).astype(accumulator(rows.dtype))

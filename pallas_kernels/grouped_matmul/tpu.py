@@ -2,7 +2,8 @@
 
 The grid's length is the number of visits, known at run time only; which group and row tile a step
 works on comes from scalars loaded ahead (`metadata.py`). A row tile shared by several groups stays
-in the core's memory until the last of them wrote its rows.
+in the core's memory until the last of them wrote its rows. Tokens are gathered before: a tile of
+rows is loaded once for every tile of columns, a whole one in one copy, single rows in one each.
 """
 
 import functools
@@ -26,6 +27,7 @@ def gmm(
 ) -> jax.Array:
     """See `api.gmm`."""
     _refuse_dtypes(lhs.dtype, out_dtype)
+    lhs, metadata = metadata.rows_of(lhs), metadata.of_rows()
     problem = _problem(lhs.shape, rhs.shape[1 if transpose_rhs else 2], metadata, lhs, out_dtype)
     tiles = tiling_lib.gmm_tiles(problem) if tiling is None else _given(tiling, problem)
     call = functools.partial(_gmm_call, problem, tiles, transpose_rhs, False, out_dtype, interpret)
@@ -35,6 +37,7 @@ def gmm(
 def swiglu(lhs, rhs, metadata: GroupMetadata, out_dtype, tiling, interpret=False) -> jax.Array:
     """silu(lhs @ gate) * (lhs @ up) for rhs = [gate | up], with no pre-activation in HBM."""
     _refuse_dtypes(lhs.dtype, out_dtype)
+    lhs, metadata = metadata.rows_of(lhs), metadata.of_rows()
     columns = rhs.shape[2] // 2
     problem = _problem(lhs.shape, columns, metadata, lhs, out_dtype)
     tiles = swiglu_tiles(problem) if tiling is None else _given(tiling, problem)
@@ -65,6 +68,7 @@ def swiglu_tiles(problem: Problem) -> Tiles:
 def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling, interpret=False) -> jax.Array:
     """See `api.tgmm`."""
     _refuse_dtypes(lhs.dtype, out_dtype)
+    lhs, metadata = metadata.rows_of(lhs), metadata.of_rows()
     problem = _problem(lhs.shape, dout.shape[1], metadata, lhs, out_dtype)
     tiles = tiling_lib.tgmm_tiles(problem) if tiling is None else _given(tiling, problem)
     call = functools.partial(_tgmm_call, problem, tiles, out_dtype, interpret)

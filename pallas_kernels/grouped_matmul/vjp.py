@@ -3,8 +3,9 @@
     out = gmm(lhs, rhs):   d lhs = gmm(d out, rhs^T),          d rhs = tgmm(lhs, d out)
     out = tgmm(lhs, dout): d lhs = gmm(dout, d out^T),         d dout = gmm(lhs, d out)
 
-`rhs^T` is `transpose_rhs` toggled, nothing is transposed in memory. The rules call the
-differentiable products, so derivatives of any order exist.
+`rhs^T` is `transpose_rhs` toggled, nothing is transposed in memory. Where the metadata say that lhs
+holds tokens, d lhs is the sum of the rows of each. The rules call the differentiable products, so
+derivatives of any order exist.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.grouped_matmul.reference import accumulator
+from pallas_kernels.grouped_matmul.routing import sum_of_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +63,23 @@ def _gmm_backward(options, residuals, g):
     lhs, rhs, metadata = residuals
     g = g.astype(lhs.dtype)
     swapped = options.backward(lhs.dtype, not options.transpose_rhs, (0, 2, 1))
-    d_lhs = gmm(g, rhs, metadata, swapped)
+    d_lhs = _of_lhs(gmm(g, rhs, metadata.of_rows(), swapped), metadata)
     if options.transpose_rhs:
-        d_rhs = tgmm(g, lhs, metadata, options.backward(rhs.dtype, order=(0, 2, 1)))
+        rows = metadata.rows_of(lhs), metadata.of_rows()
+        d_rhs = tgmm(g, *rows, options.backward(rhs.dtype, order=(0, 2, 1)))
     else:
         d_rhs = tgmm(lhs, g, metadata, options.backward(rhs.dtype))
     return d_lhs, d_rhs, None
 
 
 gmm.defvjp(_gmm_forward, _gmm_backward)
+
+
+def _of_lhs(rows, metadata) -> jax.Array:
+    """The gradient of lhs from that of its rows."""
+    if metadata.inverse is None:
+        return rows
+    return sum_of_choices(rows, metadata.inverse).astype(rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -84,7 +94,8 @@ def _tgmm_forward(lhs, dout, metadata, options):
 def _tgmm_backward(options, residuals, g):
     lhs, dout, metadata = residuals
     g = g.astype(lhs.dtype)
-    d_lhs = gmm(dout, g, metadata, options.backward(lhs.dtype, True, (0, 2, 1)))
+    transposed = options.backward(lhs.dtype, True, (0, 2, 1))
+    d_lhs = _of_lhs(gmm(dout, g, metadata.of_rows(), transposed), metadata)
     d_dout = gmm(lhs, g, metadata, options.backward(dout.dtype))
     return d_lhs, d_dout, None
 

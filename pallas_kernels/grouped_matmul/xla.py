@@ -57,10 +57,12 @@ def gmm(lhs, rhs, metadata: GroupMetadata, transpose_rhs, out_dtype, tiling) -> 
 
     def product(lhs, rhs, metadata):
         def multiply_block(block):
-            return block.rows(_multiply(block.of(lhs), rhs, transpose_rhs), out_dtype)
+            rows = block.of(lhs, metadata.tokens)
+            return block.rows(_multiply(rows, rhs, transpose_rhs), out_dtype)
 
         def multiply_tile(tile, out):
-            rows = _multiply(tile.rows(lhs), tile.of_group(rhs), transpose_rhs)
+            rows = tile.rows(lhs, metadata.tokens)
+            rows = _multiply(rows, tile.of_group(rhs), transpose_rhs)
             return tile.put(out, rows.astype(out_dtype))
 
         rows = _Rows(metadata, _gmm_costs(*rhs.shape[1:]))
@@ -75,10 +77,11 @@ def tgmm(lhs, dout, metadata: GroupMetadata, out_dtype, tiling) -> jax.Array:
 
     def product(lhs, dout, metadata):
         def multiply_block(block):
-            return _outer(block.of(lhs), block.of(dout))
+            return _outer(block.of(lhs, metadata.tokens), block.of(dout))
 
         def multiply_tile(tile, out):
-            return tile.add(out, _outer(tile.own_rows(lhs), tile.own_rows(dout)))
+            own = tile.own_rows(lhs, metadata.tokens), tile.own_rows(dout)
+            return tile.add(out, _outer(*own))
 
         rows = _Rows(metadata, _tgmm_costs(lhs.shape[1], dout.shape[1]))
         return rows.over_tiles(multiply_tile, rows.from_block(multiply_block)).astype(out_dtype)
@@ -114,10 +117,14 @@ class _Block:
     def __init__(self, capacity: int, metadata: GroupMetadata):
         self._capacity, self._metadata = capacity, metadata
 
-    def of(self, x) -> jax.Array:
-        """[g, capacity, width] from rows [m, width], 0 behind the last of a group."""
+    def of(self, x, tokens=None) -> jax.Array:
+        """[g, capacity, width] from rows [m, width], 0 behind the last of a group; tokens[m]: x
+        [T, width] holds these."""
         slot = jnp.arange(self._capacity, dtype=jnp.int32)[None]
-        rows = x.at[self._metadata.starts[:, None] + slot].get(mode="clip")
+        source = self._metadata.starts[:, None] + slot
+        if tokens is not None:
+            source = tokens.at[source].get(mode="clip")
+        rows = x.at[source].get(mode="clip")
         return _only(slot < self._metadata.sizes[:, None], rows)
 
     def rows(self, block, dtype) -> jax.Array:
@@ -142,21 +149,23 @@ class _Tile:
         row = self._start + jnp.arange(size, dtype=jnp.int32)
         self._own = (row >= begin) & (row < end)
 
-    def rows(self, x) -> jax.Array:
-        """Rows [size, width] of x [m, width].
+    def rows(self, x, tokens=None) -> jax.Array:
+        """Rows [size, width] of x [m, width]; tokens[m]: x [T, width] holds these.
 
         The barrier ties them to their turn of the loop: where all turns would have the same rows
         and weights, XLA would multiply them ahead of the loop, needed or not.
         """
         x, _ = lax.optimization_barrier((x, self._turn))
-        return self._cut(x)
+        if tokens is None:
+            return self._cut(x)
+        return x.at[self._cut(tokens)].get(mode="promise_in_bounds")
 
     def _cut(self, x) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, self._start, self._size)
 
-    def own_rows(self, x) -> jax.Array:
+    def own_rows(self, x, tokens=None) -> jax.Array:
         """`rows`, 0 where they are another group's."""
-        return _only(self._own, self.rows(x))
+        return _only(self._own, self.rows(x, tokens))
 
     def of_group(self, x) -> jax.Array:
         """The group's slice of x [g, ...]."""

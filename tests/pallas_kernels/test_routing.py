@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.extend
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 from grouped_products import assert_all_close, assert_close
@@ -102,6 +103,156 @@ class TestRouting:
         with pytest.raises(error, match=message):
             sort(a["x"], a["routing"])
             unsort(a["rows"], a["weights"], a["routing"])
+
+
+def routed_arguments(tokens=40, experts=4, dtype=np.float32):
+    """x, weights, cotangent and routing of uneven experts, with dropped choices and a token that is
+    dropped whole, which is NaN."""
+    rng = np.random.default_rng(3)
+    ids = rng.choice(experts, (tokens, 2), p=[0.6, 0.3, 0.1, 0.0]).astype(np.int32)
+    ids[2, 1], ids[7] = -1, experts
+    x = rng.normal(size=(tokens, 24)).astype(dtype)
+    x[7] = np.nan
+    weights = rng.normal(size=(experts, 24, 16)).astype(dtype)
+    dout = rng.normal(size=(2 * tokens, 16)).astype(dtype)
+    return x, weights, dout, pallas_kernels.sort_by_expert(ids, experts)
+
+
+class TestTokens:
+    """Products of tokens equal those of sorted rows."""
+
+    @staticmethod
+    def products(routing, implementation, gathered, **options):
+        options |= dict(implementation=implementation)
+
+        def run(x, weights, dout):
+            sizes, given = routing.group_sizes, dict(routing=routing)
+            if not gathered:
+                given = {}
+
+            def rows(x):
+                return x if gathered else pallas_kernels.sort_rows(x, routing)
+
+            def forward(x, weights):
+                return pallas_kernels.gmm(rows(x), weights, sizes, **given, **options)
+
+            out, vjp = jax.vjp(forward, x, weights)
+            plain = dict(implementation=implementation)
+            return out, vjp(dout), pallas_kernels.tgmm(rows(x), dout, sizes, **given, **plain)
+
+        return jax.jit(run)
+
+    @pytest.mark.parametrize(
+        "implementation", ["reference", "xla", "ragged_dot", "interpret", "interpret_gpu", None]
+    )
+    def test_values_and_gradients(self, implementation):
+        x, weights, dout, routing = routed_arguments()
+        found, expected = (
+            self.products(routing, implementation, gathered)(x, weights, dout)
+            for gathered in (True, False)
+        )
+        assert_all_close(found, expected, 1e-6)
+        assert not np.isnan(found[0]).any() and not np.isnan(found[1][1]).any()
+        np.testing.assert_array_equal(found[1][0][7], 0)
+
+    @pytest.mark.parametrize("options", [dict(transpose_rhs=True), dict(activation="swiglu")])
+    def test_options(self, options):
+        x, weights, dout, routing = routed_arguments()
+        if "activation" in options:
+            dout = dout[:, :8]
+        else:
+            weights = weights.swapaxes(1, 2)
+        for implementation in ("xla", "interpret_gpu"):
+            found, expected = (
+                self.products(routing, implementation, gathered, **options)(x, weights, dout)
+                for gathered in (True, False)
+            )
+            assert_all_close(found, expected, 1e-6)
+
+    @pytest.mark.parametrize("operation", ["gmm", "tgmm"])
+    def test_finite_differences_of_second_order(self, operation):
+        x, weights, dout, routing = routed_arguments(tokens=12)
+        x[7] = 0.0
+        other = weights if operation == "gmm" else dout
+        with jax.enable_x64(True):
+
+            def run(x, other):
+                product = getattr(pallas_kernels, operation)
+                return product(x, other, routing.group_sizes, routing=routing, implementation="xla")
+
+            jax.test_util.check_grads(
+                jax.jit(run),
+                (x.astype(np.float64), other.astype(np.float64)),
+                2,
+                modes=["rev"],
+                atol=1e-5,
+                rtol=1e-5,
+                eps=1e-5,
+            )
+
+    def test_bfloat16_and_vmap(self):
+        x, weights, _, routing = routed_arguments()
+        x[7] = 0.0
+        xs = jnp.stack([x, 2 * x[::-1]]).astype(jnp.bfloat16)
+        weights = jnp.asarray(weights, jnp.bfloat16)
+
+        def run(x):
+            return pallas_kernels.gmm(x, weights, routing.group_sizes, routing=routing)
+
+        found = jax.jit(jax.vmap(run))(xs)
+        for x, out in zip(xs, found, strict=True):
+            rows = pallas_kernels.sort_rows(x, routing)
+            assert_close(out, pallas_kernels.gmm(rows, weights, routing.group_sizes), 1e-6)
+
+    def test_tokens_are_kept_in_place_of_rows(self):
+        x, weights, _, routing = routed_arguments()
+        sizes, kept = routing.group_sizes, []
+        for rows, given in ((lambda x: x, dict(routing=routing)), (None, {})):
+            rows = rows or functools.partial(pallas_kernels.sort_rows, routing=routing)
+
+            def run(x, weights, rows=rows, given=given):
+                return pallas_kernels.gmm(rows(x), weights, sizes, implementation="xla", **given)
+
+            _, vjp = jax.vjp(run, x, weights)
+            kept.append({leaf.shape for leaf in jax.tree.leaves(vjp)})
+        tokens, sorted_rows = kept
+        assert (40, 24) in tokens and (80, 24) not in tokens
+        assert (80, 24) in sorted_rows
+
+    def test_tokens_compile_for_devices(self):
+        x, weights, dout, routing = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.asarray(a).dtype), routed_arguments(512)
+        )
+
+        def run(implementation):
+            def products(x, weights, dout, routing):
+                given = dict(routing=routing, implementation=implementation)
+
+                def forward(x, weights):
+                    return pallas_kernels.gmm(x, weights, routing.group_sizes, **given)
+
+                out, vjp = jax.vjp(forward, x, weights)
+                return out, vjp(dout)
+
+            return products
+
+        arguments = (x, weights, dout, routing)
+        assert len(evidence.lower_for_cuda(run("gpu"), arguments).kernels) == 3
+        assert evidence.compile_for_tpu(run("tpu"), arguments).as_text().count("tpu_custom") >= 3
+
+    def test_errors(self):
+        x, weights, dout, routing = routed_arguments()
+        sizes = routing.group_sizes
+        with pytest.raises(ValueError, match=r"lhs has shape \(80, 24\); 40 tokens are needed"):
+            pallas_kernels.gmm(np.zeros((80, 24), "f"), weights, sizes, routing=routing)
+        with pytest.raises(ValueError, match=r"dout has shape \(40, 16\); 80 rows are needed"):
+            pallas_kernels.tgmm(x, dout[:40], sizes, routing=routing)
+        groups = pallas_kernels.make_group_metadata(sizes, 40)
+        with pytest.raises(ValueError, match="the metadata is of 40 rows; 80 are needed"):
+            pallas_kernels.gmm(x, weights, groups, routing=routing)
+        product = getattr(pallas_kernels.gmm, "__wrapped__", pallas_kernels.gmm)
+        with pytest.raises(TypeError, match="must be what sort_by_expert returns"):
+            product(x, weights, sizes, routing=sizes)
 
 
 TOKENS, CHOICES, EXPERTS, WIDTH, MLP = 64, 2, 16, 12, 10
