@@ -65,7 +65,7 @@ def expert_parallel_ffn(
     inner = routing.sort_by_expert(travel.expert_ids[:, None], local_experts)
     metadata = api.make_group_metadata(inner.group_sizes, arrived.shape[0])
     product = functools.partial(api.gmm, group_sizes=metadata, implementation=implementation)
-    hidden = product(routing.sort_rows(arrived, inner), gate_up, activation="swiglu")
+    hidden = product(arrived, gate_up, routing=inner, activation="swiglu")
     out = product(hidden, down)
     ones = jnp.ones((arrived.shape[0], 1), weights.dtype)
     returned = travel.send_back(routing.unsort_rows(out, ones, inner))
