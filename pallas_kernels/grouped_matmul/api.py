@@ -109,8 +109,7 @@ def gmm(
             f"rhs has shape {rhs.shape}, transpose_rhs={transpose_rhs}"
         )
     tiling = _tiling(tiling)
-    given = group_sizes, lhs, routing, group_offset, rhs.shape[0], tiling
-    metadata = _metadata(*given)
+    metadata = _metadata(group_sizes, lhs, routing, group_offset, rhs.shape[0], tiling)
     options = vjp.Options(
         form=dispatch.choose("gmm", implementation, FORMS),
         out_dtype=_result_dtype(preferred_element_type, lhs),
