@@ -151,7 +151,8 @@ class TruncatedDecoder:
         return logits, self._replaced(inner, recent, active)
 
     def stream_nats(self, tokens: Shaped[Array | np.ndarray, "B T"]) -> Float[Array, "B U"]:
-        """-log p of every token after the first, [B, T - 1], as the release evaluates a long text.
+        """-log p of every token after the first, [B, T - 1], as the release evaluates a long text
+        (but for an odd last chunk, see above).
 
         Raises TypeError for ids that are no integers, and ValueError for fewer than two tokens,
         more than the capacity and, outside jit, ids outside the vocabulary.
