@@ -30,6 +30,10 @@ CHUNK = 32
 MIN_CHANNELS, MAX_CHANNELS = 64, 256
 """Channels that are taken at a time, for all tokens: their tables stay in a cache."""
 
+HALVED_FROM = 256
+"""Width from which on gradients of rows without resets take two blocks at least: in a loop over
+them XLA cannot fuse what makes the cotangents into turning them around, which reads far apart."""
+
 SEGMENT = 256
 """Tokens between the states that are kept for the backward pass; a multiple of CHUNK."""
 
@@ -86,15 +90,16 @@ class Chunks(NamedTuple):
 def _by_channels(axes, out_axes):
     """Decorates a function so that it is called for some channels at a time.
 
-    axes, out_axes: where each argument and each result has its channels, None for an argument
-    without; the first two arguments are x_BTD and the coefficients.
+    axes, out_axes: where each argument and each result has its channels, None for the resets, which
+    have none; the first two arguments are x_BTD and the coefficients.
     """
 
     def decorate(function):
         @functools.wraps(function)
         def over_blocks(*arguments, **options):
             width = arguments[0].shape[-1]
-            size = _channels_at_once(arguments[0], arguments[1], options.get("keep", True))
+            gradients, reset = options.get("keep", True), arguments[axes.index(None)]
+            size = _channels_at_once(*arguments[:2], gradients, reset is not None)
             if size == width:
                 return function(*arguments, **options)
 
@@ -126,15 +131,19 @@ def _by_channels(axes, out_axes):
     return decorate
 
 
-def _channels_at_once(x_BTD: jax.Array, coefficients: Coefficients, gradients: bool) -> int:
+def _channels_at_once(
+    x_BTD: jax.Array, coefficients: Coefficients, gradients: bool, resets: bool
+) -> int:
     """The largest divisor of the width within the bounds, without gradients the largest whose
     tables are no larger than x, or the least; all channels where there is none, or where a mesh
-    partitions them."""
+    partitions them. With resets two blocks would cost compile time, and less time is saved."""
     width, table_size = x_BTD.shape[2], CHUNK * (CHUNK + 4 * coefficients.decay_re.shape[1])
     sizes = [n for n in range(MIN_CHANNELS, MAX_CHANNELS + 1) if width % n == 0]
     if dispatch.automatically_partitioned() or not sizes:
         return width
     most = MAX_CHANNELS if gradients else x_BTD.size // table_size
+    if gradients and not resets and width >= HALVED_FROM:
+        most = min(most, width // 2)
     return max((n for n in sizes if n <= most), default=sizes[0])
 
 

@@ -315,20 +315,24 @@ class TestXLA(Scan):
         assert_all_close(blocks[0], numpy_scan(arguments), 1e-5)
 
     @pytest.mark.parametrize(
-        "shape, gradients, expected",
+        "shape, gradients, resets, expected",
         [
-            ((1, 1024, 256), True, 256),
-            ((1, 1024, 256), False, 64),  # 85 tables are as large as x
-            ((8, 512, 256), False, 256),
-            ((1, 64, 1000), True, 250),
-            ((1, 64, 1000), False, 100),  # the least divisor from 64 on
-            ((1, 1024, 37), False, 37),
-            ((1, 1024, 509), True, 509),
+            ((1, 1024, 256), True, True, 256),
+            ((1, 1024, 256), True, False, 128),
+            ((1, 1024, 128), True, False, 128),
+            ((1, 1024, 1024), True, False, 256),
+            ((1, 1024, 256), False, False, 64),  # 85 tables are as large as x
+            ((8, 512, 256), False, False, 256),
+            ((1, 64, 1000), True, False, 250),
+            ((1, 64, 1000), False, False, 100),  # the least divisor from 64 on
+            ((1, 1024, 37), False, False, 37),
+            ((1, 1024, 509), True, False, 509),
         ],
     )
-    def test_channels_at_once(self, shape, gradients, expected):
+    def test_channels_at_once(self, shape, gradients, resets, expected):
         coefficients = xla.Coefficients(*(jnp.zeros((shape[2], 16)),) * 5)
-        assert xla._channels_at_once(jnp.zeros(shape), coefficients, gradients) == expected
+        found = xla._channels_at_once(jnp.zeros(shape), coefficients, gradients, resets)
+        assert found == expected
 
     def test_a_value_alone_takes_little_memory(self):
         """Tables no larger than the tokens: of all channels at once they are five times that."""
