@@ -116,14 +116,23 @@ def check_conversation(decoder, tokenizer, lines, out):
     return cache
 
 
+@pytest.fixture
+def converse(capsys, monkeypatch):
+    """(lines, flags) -> what a conversation of these lines prints, and its messages."""
+
+    def run_lines(lines, *flags):
+        answers = iter([*lines, ""])
+        monkeypatch.setattr(builtins, "input", lambda _: next(answers))
+        assert run("--max_new_bytes=5", "--temperature=0", *flags) == 0
+        return capsys.readouterr()
+
+    return run_lines
+
+
 @pytest.mark.parametrize("sinks", [2, 0])
-def test_prompts_are_one_conversation_at_constant_memory(sinks, llama_folder, capsys, monkeypatch):
+def test_prompts_are_one_conversation_at_constant_memory(sinks, llama_folder, converse):
     lines = ["import", "x" * 70, "class A"]
-    answers = iter([*lines, ""])
-    monkeypatch.setattr(builtins, "input", lambda _: next(answers))
-    flags = (f"--workdir={llama_folder}", "--max_new_bytes=5", "--temperature=0")
-    assert run(*flags, "--window=8", f"--sinks={sinks}") == 0
-    out, err = capsys.readouterr()
+    out, err = converse(lines, f"--workdir={llama_folder}", "--window=8", f"--sinks={sinks}")
     assert err.count("compiled") == 3, "the first prompt, and two lengths of later ones"
 
     loaded = generate.load(llama_folder)
@@ -143,13 +152,10 @@ def megalodon_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("truncate_chunks", [0, 4])
-def test_a_megalodon_holds_a_conversation(truncate_chunks, megalodon_folder, capsys, monkeypatch):
+def test_a_megalodon_holds_a_conversation(truncate_chunks, megalodon_folder, converse):
     lines = ["import", "x" * 33, "class A"]
-    answers = iter([*lines, ""])
-    monkeypatch.setattr(builtins, "input", lambda _: next(answers))
-    flags = (f"--model={megalodon_folder}", "--max_new_bytes=5", "--temperature=0")
-    assert run(*flags, "--conversation", f"--truncate_chunks={truncate_chunks}") == 0
-    out = capsys.readouterr().out
+    flags = ("--conversation", f"--truncate_chunks={truncate_chunks}")
+    out, _ = converse(lines, f"--model={megalodon_folder}", *flags)
 
     loaded = generate.load(megalodon_folder)
     decoder = loaded.decoder(2**31 - 1, truncate_chunks=truncate_chunks)

@@ -611,7 +611,9 @@ def json_records(path: str | pathlib.Path, count: int = 0) -> list[tuple[str, di
         raise ValueError(f"count={count}: must be >= 0 (0: all)")
     records = []
     for number, line in enumerate(pathlib.Path(path).read_bytes().split(b"\n"), 1):
-        if line.strip() and not (count and len(records) == count):
+        if count and len(records) == count:
+            break
+        if line.strip():
             where = f"{path}, line {number}"
             records.append((where, _record(line, where)))
     if not records:

@@ -624,20 +624,15 @@ class Megalodon(NextTokenModel):
         """
         config = self.config
         check_token_ids("tokens", tokens)
-        first = None
-        if lengths is not None and segment_ids is None:
-            segment_ids = (jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]).astype(
-                jnp.int32
-            )
-            documents = documents_of(segment_ids, config)
-        elif lengths is not None:
-            if segment_ids.shape != tokens.shape:
-                raise ValueError(f"segment_ids {segment_ids.shape}: must be {tokens.shape}")
-            check_last_documents(segment_ids, lengths)
-            documents, last = documents_of(segment_ids, config), lengths[:, None] - 1
+        first, packed = None, segment_ids is not None and lengths is not None
+        if lengths is not None and not packed:
+            real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+            segment_ids = real.astype(jnp.int32)
+        documents = None if segment_ids is None else documents_of(segment_ids, config)
+        if packed:
+            check_last_documents(segment_ids, lengths, tokens.shape)
+            last = lengths[:, None] - 1
             first = (last - jnp.take_along_axis(documents.position, last, axis=1))[:, 0]
-        else:
-            documents = None if segment_ids is None else documents_of(segment_ids, config)
         embed = Embed(
             config.vocab_size, config.d_model, config.precision.dtype, self.sharding, name="embed"
         )
@@ -679,12 +674,13 @@ class Megalodon(NextTokenModel):
         return self.config.num_layers * block_flops(self.config, context_length) + head
 
 
-def check_last_documents(segment_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> None:
-    """Raises ValueError for shapes that do not fit and, outside jit, unless the last token of every
-    row is number lengths - 1."""
-    if lengths.shape != segment_ids.shape[:1]:
+def check_last_documents(segment_ids: Any, lengths: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless segment_ids have the shape [B, T] of the tokens and lengths [B] and,
+    outside jit, unless the last token of every row is number lengths - 1."""
+    if segment_ids.shape != shape or lengths.shape != shape[:1]:
         raise ValueError(
-            f"lengths {lengths.shape}: must be one for each row of {segment_ids.shape}"
+            f"segment_ids {segment_ids.shape} and lengths {lengths.shape}: must be {shape} and "
+            f"{shape[:1]}, as the tokens"
         )
     if isinstance(segment_ids, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
         return

@@ -183,8 +183,6 @@ def _of_sizes(group_sizes, num_rows, group_offset, num_local_groups, tiling) -> 
         raise ValueError("group_offset is part of the metadata; give it to make_group_metadata")
     if given.num_rows != num_rows:
         raise ValueError(f"the metadata is of {given.num_rows} rows; {num_rows} are needed")
-    if given.tokens is not None:
-        raise ValueError("the metadata is of tokens already; give routing to each product alone")
     if num_local_groups not in (None, given.num_local_groups):
         raise ValueError(
             f"the metadata is of {given.num_local_groups} local groups, not {num_local_groups}"

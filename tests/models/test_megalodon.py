@@ -442,6 +442,8 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match=r"lengths=\[20, 0\]: .* end at \[20, 0\]"):
         padding = jnp.stack([jnp.ones(20, jnp.int32), jnp.zeros(20, jnp.int32)])
         model.apply({"params": params}, tokens_of(), padding, jnp.array([20, 0]))
+    with pytest.raises(ValueError, match=r"\(2, 20\) and lengths \(1,\): must be \(2, 20\) and"):
+        megalodon.check_last_documents(SEGMENTS, jnp.array([18]), (2, 20))
     with pytest.raises(ValueError, match="a language model looks back only"):
         changed(bidirectional=True).build()
     with pytest.raises(NotImplementedError, match="'fft' cannot reset the state"):

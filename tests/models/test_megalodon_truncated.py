@@ -15,20 +15,9 @@ from blt_jax.models import megalodon
 from blt_jax.models.megalodon_decode import MegalodonDecoder
 from blt_jax.models.megalodon_truncated import TruncatedDecoder
 from tests.models import megalodon_numpy
+from tests.models.test_megalodon_decode import CONFIG as SMALL
 
-CONFIG = megalodon.small(
-    vocab_size=30,
-    num_layers=2,
-    d_model=16,
-    chunk_size=4,
-    norm_groups=4,
-    num_heads=2,
-    qk_dim=8,
-    value_dim=12,
-    mlp_dim=16,
-    state_size=3,
-    scan_form=megalodon.ScanForm.REFERENCE,  # compiles fastest
-)
+CONFIG = dataclasses.replace(SMALL, num_layers=2, chunk_size=4)
 CHUNKS = 5
 FIRST, LENGTH = 24, 53
 """Of six chunks, the first even number from the fifth on, and of a stream with four replacements

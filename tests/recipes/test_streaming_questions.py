@@ -10,12 +10,14 @@ import pytest
 
 from blt_jax.data.loader import DataConfig
 from blt_jax.data.sources import SourceConfig, SourceKind, Split
+from blt_jax.data.streamed_questions import line_questions
 from blt_jax.data.tokenizers import TokenizerConfig
 from blt_jax.decoding.streaming_decoder import streaming_decoder
 from blt_jax.decoding.streaming_llm import dense, sinks, window
 from blt_jax.dist.sharding import init_params
 from blt_jax.interop.hugging_face import save_pretrained
 from blt_jax.models import llama3
+from blt_jax.recipes import streaming_questions
 from blt_jax.recipes.streaming import PretrainedStream
 from blt_jax.recipes.streaming_questions import ChoiceStream, LineStream, answered
 from blt_jax.train.launch import run_experiment
@@ -82,6 +84,29 @@ def test_lines(folder, tmp_path):
         f"accuracy_{mode}_{distance}": 0.0 for mode in ("window", "sinks") for distance in (0, 2)
     }
     assert (tmp_path / "figures" / "accuracy_by_distance.png").exists()
+
+
+def test_lines_are_read_and_their_answers_counted(folder, tmp_path, monkeypatch):
+    """Of every distance the streams with its lines, and the share of questions answered."""
+    read = []
+
+    def half(model, params, modes, streams):
+        read.extend(TokenizerConfig().build().decode(ids[1:]).decode() for ids, _ in streams)
+        first = np.concatenate([np.arange(owners.max()) == 0 for _, owners in streams])
+        return {"window": first, "sinks": first | True}
+
+    monkeypatch.setattr(streaming_questions, "answered", half)
+    task = dict(distances=(0, 2), streams=3, questions=2, every=1, batch_size=2)
+    config = LineStream(model_path=folder, tokenizer=TokenizerConfig(), modes=MODES, **task)
+    numbers = run_experiment(config, tmp_path)
+    for distance in config.distances:
+        assert numbers[f"accuracy_window_{distance}"] == 0.5
+        assert numbers[f"accuracy_sinks_{distance}"] == 1.0
+    assert len(read) == 6
+    for number, text in enumerate(read):
+        distance = config.distances[number // 3]
+        questions = line_questions(0, number % 3, questions=2, distance=distance, every=1)
+        assert text == "".join(q.text + q.answer + q.ending for q in questions)
 
 
 def test_choices_alone_and_in_a_stream(folder, tmp_path):
