@@ -192,38 +192,31 @@ class NormState:
     variance: Any
 
 
-def running_sums(x: Float[Array, "B T W"], last_reset: Int[Array, "B T"] | None):
+def running_sums(x: Float[Array, "B T W"], document: Int[Array, "B T"] | None):
     """Sums over the tokens of the document up to and with each one, [B, T, W].
 
-    last_reset: index of the token that the document starts with, -1 before the row.
+    document: one number for all tokens of a document, other than its neighbours'; None: one
+    document. Within blocks a triangular product; the blocks' totals are summed in the same way.
     """
     B, T, W = x.shape
     C = min(SUM_BLOCK, T)
     pad = -T % C
     x_BMCW = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, C, W)
     lower_CC = jnp.tril(jnp.ones((C, C), jnp.float32))
-    if last_reset is None:
+    if document is None:
         sums = jnp.einsum("ij,bmjw->bmiw", lower_CC, x_BMCW, precision="highest")
-        kept = jnp.ones((B, (T + pad) // C), bool)
-        open_BMC = None
     else:
-        document = jnp.pad(last_reset, ((0, 0), (0, pad))).reshape(B, -1, C)
+        document = jnp.pad(document, ((0, 0), (0, pad)), mode="edge").reshape(B, -1, C)
         same = document[:, :, :, None] == document[:, :, None, :]
         weights = jnp.where(same, lower_CC[None, None], 0.0)
         sums = jnp.einsum("bmij,bmjw->bmiw", weights, x_BMCW, precision="highest")
-        open_BMC = document < C * jnp.arange(document.shape[1])[None, :, None]
-        kept = open_BMC[:, :, -1]
-
-    def carry(before, inputs):
-        total, kept = inputs
-        return jnp.where(kept[:, None], before, 0.0) + total, before
-
-    totals = jnp.moveaxis(sums[:, :, -1], 1, 0), kept.T
-    before = jnp.moveaxis(lax.scan(carry, jnp.zeros((B, W), jnp.float32), totals)[1], 0, 1)
-    before = before[:, :, None]
-    if open_BMC is not None:
-        before = jnp.where(open_BMC[..., None], before, 0.0)
-    return (sums + before).reshape(B, T + pad, W)[:, :T]
+    if T > C:
+        last = None if document is None else document[:, :-1, -1]
+        before = running_sums(sums[:, :-1, -1], last)[:, :, None]
+        if document is not None:
+            before = jnp.where((document[:, 1:] == last[:, :, None])[..., None], before, 0.0)
+        sums += jnp.pad(before, ((0, 0), (1, 0), (0, 0), (0, 0)))
+    return sums.reshape(B, T + pad, W)[:, :T]
 
 
 def running_statistics(
@@ -252,7 +245,7 @@ def running_statistics(
             fresh,
         )
         first = jnp.maximum(last_reset, 0)[..., None]
-        anchor = jnp.take_along_axis(mean, jnp.broadcast_to(first, mean.shape), axis=1)
+        anchor = jnp.take_along_axis(mean, first, axis=1, mode="promise_in_bounds")
         real = documents.real[..., None].astype(jnp.float32)
     before = base.count.astype(jnp.float32)[..., None]
     anchor = lax.stop_gradient(jnp.where(before > 0, base.mean, anchor))

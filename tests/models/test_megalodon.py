@@ -317,6 +317,30 @@ def test_timestep_norm_equals_the_recurrence(offset):
     assert int(state.count[0]) == 140
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block, length", [(4, 1), (4, 16), (4, 17), (4, 100), (64, 300)])
+def test_running_sums(monkeypatch, block, length, packed):
+    """One to four levels of blocks; documents that end in, at the end of and after a block."""
+    monkeypatch.setattr(megalodon_memory, "SUM_BLOCK", block)
+    generator = np.random.default_rng(length)
+    x = generator.normal(size=(2, length, 3)).astype(np.float32)
+    starts = generator.random((2, length)) < 0.08
+    starts[0, block::block] = True
+    starts[1, length // 2 :] = False
+    document = np.where(starts, np.arange(length), -1)
+    document = np.maximum.accumulate(document, axis=1) if packed else np.zeros_like(document)
+    sums, cotangent = np.zeros_like(x, np.float64), generator.normal(size=x.shape)
+    d_x = np.zeros_like(sums)
+    for row, t in np.ndindex(2, length):
+        own = (document[row] == document[row, t]) & (np.arange(length) <= t)
+        sums[row, t] = x[row, own].sum(0, dtype=np.float64)
+        d_x[row, own] += cotangent[row, t]
+    given = jnp.asarray(document, jnp.int32) if packed else None
+    result, pullback = jax.vjp(lambda x: megalodon_memory.running_sums(x, given), jnp.asarray(x))
+    np.testing.assert_allclose(result, sums, atol=1e-5)
+    np.testing.assert_allclose(pullback(jnp.float32(cotangent))[0], d_x, atol=1e-5)
+
+
 def test_statistics_merge():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 50, 16)), jnp.float32)
     _, whole = norm(x, None, None, CONFIG)
