@@ -4,10 +4,13 @@
 
 The byte-level Llama of the run `tiny` (3 layers of width 96, 4 heads) with random weights, one row.
 Steps: the median over blocks of tokens in one compiled loop, with full caches; dense has read as
-many tokens as its cache holds, which is what the others hold after any number of them. Stream:
-16,384 tokens one by one and at once, scores included, in alternation.
+many tokens as its cache holds, which is what the others hold after any number of them. Streams:
+16,384 tokens one by one and at once, scores included, in alternation; at two widths, with the
+default rotation of keys in every step, and with keys rotated once.
 """
 
+import itertools
+import json
 import statistics
 import time
 
@@ -16,11 +19,13 @@ import numpy as np
 from benchmarks import reporting
 
 CACHES, STREAM, ALTERNATIONS = (64, 256, 1024), 16_384, 3
+WIDTHS = (96, 256)
+STREAM_CACHES = (64, 1024)
 STEPS = {"recompute": 4}
 """Tokens per block, 64 for those not named."""
 
 
-def make_model():
+def make_model(width: int):
     """The model and its parameters."""
     import dataclasses
 
@@ -29,7 +34,7 @@ def make_model():
     from blt_jax.dist.sharding import init_params
     from blt_jax.models import llama3
 
-    config = llama3.byte_level(num_layers=3, d_model=96, num_heads=4)
+    config = llama3.byte_level(num_layers=3, d_model=width, num_heads=4)
     stack = dataclasses.replace(config.transformer, scan_layers=False)
     model = dataclasses.replace(config, transformer=stack).build()
     return model, init_params(model, jax.random.key(0))
@@ -107,6 +112,7 @@ def step_rows(model, params) -> list[dict]:
                 {
                     "case": name,
                     "keys": cache,
+                    "width": model.config.transformer.d_model,
                     "ms_per_token": median,
                     "times_recompute": recompute / median,
                     "state_bytes": size,
@@ -116,7 +122,7 @@ def step_rows(model, params) -> list[dict]:
     return rows
 
 
-def stream_rows(model, params) -> list[dict]:
+def stream_rows(width: int, cache: int, rotation) -> list[dict]:
     """A stream one token at a time, and at once."""
     import jax
     import jax.numpy as jnp
@@ -125,7 +131,8 @@ def stream_rows(model, params) -> list[dict]:
     from blt_jax.decoding.streaming_decoder import streaming_decoder
     from blt_jax.decoding.streaming_scores import streaming_nats
 
-    config = sl.sinks(4, 60, rotation=sl.Rotation.TWO_PHASE)
+    model, params = make_model(width)
+    config = sl.sinks(4, cache - 4, rotation=rotation)
     tokens = np.random.default_rng(1).integers(0, 256, (1, STREAM)).astype(np.int32)
 
     @jax.jit
@@ -141,8 +148,8 @@ def stream_rows(model, params) -> list[dict]:
 
     decoder = streaming_decoder(model, params, config)
     runs = {
-        "stream, one by one": lambda: one_by_one(decoder, tokens)[:, 0],
-        "stream, at once": lambda: streaming_nats(model, params, config, tokens)[0],
+        "one by one": lambda: one_by_one(decoder, tokens)[:, 0],
+        "at once": lambda: streaming_nats(model, params, config, tokens)[0],
     }
     results = [np.asarray(run()) for run in runs.values()]
     difference = float(np.abs(results[0] - results[1]).max())
@@ -153,11 +160,13 @@ def stream_rows(model, params) -> list[dict]:
             started = time.perf_counter()
             jax.block_until_ready(run())
             figures[name].append(time.perf_counter() - started)
-    slow = statistics.median(figures["stream, one by one"])
+    slow = statistics.median(figures["one by one"])
+    once = ", keys rotated once" if rotation is sl.Rotation.TWO_PHASE else ""
     return [
         {
-            "case": name,
+            "case": f"stream {name}{once}",
             "keys": config.size,
+            "width": width,
             "ms_per_token": 1e3 * statistics.median(values) / STREAM,
             "times_one_by_one": slow / statistics.median(values),
             "largest_difference_nats": difference,
@@ -168,8 +177,13 @@ def stream_rows(model, params) -> list[dict]:
 
 
 def main() -> None:
-    model, params = make_model()
-    reporting.save("streaming_llm", __doc__, step_rows(model, params) + stream_rows(model, params))
+    from blt_jax.decoding.streaming_llm import Rotation
+
+    rows = step_rows(*make_model(WIDTHS[0]))
+    for width, cache, rotation in itertools.product(WIDTHS, STREAM_CACHES, Rotation):
+        rows += stream_rows(width, cache, rotation)
+        print(json.dumps(rows[-1]), flush=True)
+    reporting.save("streaming_llm", __doc__, rows)
 
 
 if __name__ == "__main__":
