@@ -14,6 +14,7 @@ Axes: B batch, T prompt, C continuations, M new tokens, V vocabulary.
 | plausibility mask, alpha | `plausible` |
 | logit form, beta; Li et al.'s form | `contrastive_logits`, `Form` |
 | two models side by side | `ContrastiveDecoder`: greedy and sampling by `sampling.generate` |
+| other functions of the logits of some models | `combined.CombinedDecoder` |
 | amateur: smaller model, earlier checkpoint | any other `Decoder` |
 | amateur: shortened context; negative prompt | `amateur_context`; `amateur_prompt` |
 | amateur: n-grams (Li et al.) | `ngram.NgramDecoder` |
@@ -46,16 +47,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from blt_jax.decoding.beam_search import Beams, beam_search
+from blt_jax.decoding.combined import LOWEST_LOGIT, ModelsInStep, shared_vocabulary
 from blt_jax.decoding.decoder import Decoder
-from blt_jax.decoding.logits import AllowedIds, Temperature, check_number, known
+from blt_jax.decoding.logits import Temperature, check_number, known
 from blt_jax.decoding.scoring import ContinuationScores, score_continuations
-from blt_jax.layers.cache import RowCache
-
-# An amateur that excludes a token has a very low logit for it, since an infinite one gives NaN.
-LOWEST_LOGIT = -1e9
+from blt_jax.layers.step import check_prompts
 
 
 class Form(enum.Enum):
@@ -149,24 +148,7 @@ def check_strengths(alpha: Any, beta: Any, amateur_temperature: Any = 1.0) -> No
 
 
 @flax.struct.dataclass
-class ContrastiveCache(RowCache):
-    """The caches of both models."""
-
-    expert: Any
-    amateur: Any
-
-    @property
-    def lengths(self) -> jax.Array:
-        """int32 [B]: tokens that the expert read."""
-        return self.expert.lengths
-
-    def counters(self) -> dict[str, jax.Array]:
-        """Those of the expert."""
-        return self.expert.counters()
-
-
-@flax.struct.dataclass
-class ContrastiveDecoder:
+class ContrastiveDecoder(ModelsInStep):
     """Expert and amateur as one Decoder; make it with `create`, which checks the parts.
 
     alpha, beta, amateur_temperature, form, masked: of `contrastive_logits`; the numbers may change
@@ -197,20 +179,13 @@ class ContrastiveDecoder:
         """vocab_size: ids that both tokenizers have, where a model pads its vocabulary; 0: all.
 
         Raises ValueError for different vocabularies, an amateur with too little capacity, and
-        settings out of range. See `check_tokenizers`.
+        settings out of range, TypeError for an amateur_prompt of no integers. See
+        `check_tokenizers`.
         """
-        sizes = expert.vocab_size, amateur.vocab_size
-        if not vocab_size and sizes[0] != sizes[1]:
-            raise ValueError(
-                f"expert and amateur have vocab_size={sizes[0]} and {sizes[1]}: must be equal; "
-                "give vocab_size if one of them is padded"
-            )
-        if not 0 <= vocab_size <= min(sizes):
-            raise ValueError(f"vocab_size={vocab_size}: must be 0..{min(sizes)}")
-        decoder = cls(expert, amateur, vocab_size or sizes[0], **settings)
+        models = {"expert": expert, "amateur": amateur}
+        size = shared_vocabulary(models, vocab_size, settings.get("allowed"))
+        decoder = cls(expert, amateur, size, **settings)
         check_strengths(decoder.alpha, decoder.beta, decoder.amateur_temperature)
-        if decoder.allowed is not None:
-            AllowedIds(decoder.allowed).check_size(decoder.vocab_size)
         if known(decoder.beta) and np.any(np.asarray(decoder.beta) > 2):
             warnings.warn(f"beta={decoder.beta} is strong: 0.5 is usual", stacklevel=2)
         if decoder.amateur_context < 0:
@@ -219,7 +194,13 @@ class ContrastiveDecoder:
         if decoder.amateur_prompt is not None:
             if decoder.amateur_context:
                 raise ValueError("amateur_context and amateur_prompt: give one of them")
-            needed += decoder.amateur_prompt[0].shape[1] - 1
+            tokens, lengths = map(jnp.asarray, decoder.amateur_prompt)
+            try:
+                check_prompts(tokens, lengths, amateur.capacity, amateur.vocab_size)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"amateur_prompt: {error}") from None
+            # A model that reads without end has the greatest capacity there is.
+            needed = min(needed + tokens.shape[1] - 1, np.iinfo(np.int32).max)
         if amateur.capacity < needed:
             raise ValueError(
                 f"the amateur has capacity={amateur.capacity}: must be >= {needed}; a shorter "
@@ -227,56 +208,17 @@ class ContrastiveDecoder:
             )
         return decoder
 
+    names = ("expert", "amateur")
+
     @property
-    def capacity(self) -> int:
-        return self.expert.capacity
+    def models(self) -> tuple[Decoder, Decoder]:
+        return self.expert, self.amateur
 
-    def constrained(self, allowed: Bool[Array, " V"]) -> "ContrastiveDecoder":
-        """The decoder of these tokens alone: the plausible ones are found among them, so that
-        there is always one."""
-        if self.allowed is not None:
-            allowed = allowed & self.allowed
-        return self.replace(allowed=allowed)
+    def with_models(self, expert: Decoder, amateur: Decoder) -> "ContrastiveDecoder":
+        return self.replace(expert=expert, amateur=amateur)
 
-    def prepare(self) -> "ContrastiveDecoder":
-        return self.replace(expert=self.expert.prepare(), amateur=self.amateur.prepare())
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], ContrastiveCache]:
-        """As Decoder.prefill, of both models; the logits are those of `contrastive_logits`."""
-        with jax.named_scope("expert"):
-            expert, expert_cache = self.expert.prefill(tokens, lengths)
-        with jax.named_scope("amateur"):
-            prompts = self._amateur_prompts(tokens, lengths)
-            amateur, amateur_cache = self.amateur.prefill(*prompts)
-        logits = self._combine(expert, amateur, beams=1)
-        return logits, ContrastiveCache(expert_cache, amateur_cache)
-
-    def step(
-        self,
-        tokens: Int[Array, " B"],
-        cache: ContrastiveCache,
-        active: Bool[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B V"], ContrastiveCache]:
-        """As Decoder.step, of both models."""
-        with jax.named_scope("expert"):
-            expert, expert_cache = self.expert.step(tokens, cache.expert, active)
-        with jax.named_scope("amateur"):
-            amateur, amateur_cache = self.amateur.step(tokens, cache.amateur, active)
-        logits = self._combine(expert, amateur, beams=self.expert_pool)
-        return logits, ContrastiveCache(expert_cache, amateur_cache)
-
-    def extend(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: ContrastiveCache
-    ) -> tuple[Float[Array, "B V"], ContrastiveCache]:
-        """As Decoder.extend, of both models; the amateur reads all these tokens."""
-        with jax.named_scope("expert"):
-            expert, expert_cache = self.expert.extend(tokens, lengths, cache.expert)
-        with jax.named_scope("amateur"):
-            amateur, amateur_cache = self.amateur.extend(tokens, lengths, cache.amateur)
-        logits = self._combine(expert, amateur, beams=1)
-        return logits, ContrastiveCache(expert_cache, amateur_cache)
+    def _prompts(self, tokens, lengths):
+        return (tokens, lengths), self._amateur_prompts(tokens, lengths)
 
     def _amateur_prompts(self, tokens, lengths):
         if self.amateur_prompt is not None:
@@ -293,18 +235,13 @@ class ContrastiveDecoder:
         shortened = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
         return shortened, jnp.minimum(lengths, self.amateur_context)
 
-    def _combine(self, expert, amateur, beams):
-        V = self.vocab_size
+    def _combine(self, logits, beams):
         numbers = (self.alpha, self.beta, self.form, self.amateur_temperature, self.masked)
-        with jax.named_scope("contrast"):
-            expert = expert[:, :V]
-            if self.allowed is not None:
-                expert = jnp.where(self.allowed[None, :], expert, -jnp.inf)
-            scores = contrastive_logits(expert, amateur[:, :V], *numbers)
-            if not self.expert_pool:
-                return scores
-            pool = most_probable_pairs(expert, beams, 2 * self.expert_pool)
-            return jnp.where(pool | jnp.isnan(scores), scores, -jnp.inf)
+        scores = contrastive_logits(*logits, *numbers)
+        if not self.expert_pool:
+            return scores
+        pool = most_probable_pairs(logits[0], beams or self.expert_pool, 2 * self.expert_pool)
+        return jnp.where(pool | jnp.isnan(scores), scores, -jnp.inf)
 
 
 def check_tokenizers(expert: Any, amateur: Any) -> None:

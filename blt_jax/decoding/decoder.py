@@ -150,9 +150,9 @@ class TransformerDecoder(OverTransformer):
     def extend(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: TransformerCache
     ) -> tuple[Float[Array, "B V"], TransformerCache]:
-        """As Decoder.extend, PIECE tokens at once. Raises ValueError for a cache of a decoder of
-        another capacity."""
-        self._check_cache(cache)
+        """As Decoder.extend, PIECE tokens at once. Raises ValueError or TypeError for a cache of
+        another decoder."""
+        self._check_cache(cache, tokens.shape[0])
         step.check_extension(tokens, lengths, cache.lengths, self.capacity, self.vocab_size)
         layers = self.prepare().weights
 
@@ -172,18 +172,26 @@ class TransformerDecoder(OverTransformer):
         cache: TransformerCache,
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], TransformerCache]:
-        """As Decoder.step. Raises ValueError for a cache of another capacity."""
-        self._check_cache(cache)
+        """As Decoder.step. Raises ValueError or TypeError for a cache of another decoder."""
+        self._check_cache(cache, tokens.shape[0])
         step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         layers, x = self.prepare().weights, self._embed(tokens)
         x, key_values = step.transformer_step(self._stack, layers, x, cache.key_values, active)
         logits = self.model.token_logits(self.params, self._final_norm(x))
         return logits, TransformerCache(key_values)
 
-    def _check_cache(self, cache):
-        wanted = self.model.config.sink_tokens + step.window_slots(self._stack, self.capacity)
-        if cache.key_values.slots != wanted:
-            raise ValueError(f"cache has {cache.key_values.slots} slots: must have {wanted}")
+    def _check_cache(self, cache, rows):
+        if not isinstance(cache, TransformerCache):
+            raise TypeError(f"cache is a {type(cache).__name__}: must be a TransformerCache")
+        stack, sinks = self._stack, self.model.config.sink_tokens
+        slots = sinks + step.window_slots(stack, self.capacity)
+        wanted = (rows, stack.num_layers, slots, stack.kv_heads, stack.head_width, sinks)
+        found = cache.key_values.sizes
+        if found != wanted:
+            raise ValueError(
+                "cache has (rows, layers, slots, kv heads, head width, pinned) = "
+                f"{found}: must be {wanted}"
+            )
 
 
 def token_decoder(model: Model, params: dict[str, Any], capacity: int) -> Decoder:

@@ -37,11 +37,12 @@ def process_logits(
     logits: Float[Array, "B V"],
     seen: Bool[Array, "B V"] | None = None,
 ) -> Float[Array, "B V"]:
-    """Float32 logits after all processors, in order.
+    """Float32 logits after all processors, in order, but allowed ids before any of them: a filter
+    that ran first could keep none of these.
 
-    Raises ValueError if one of them needs `seen` and it is None.
+    Raises ValueError if one of them needs `seen` and it is None, and as `allowed_tokens`.
     """
-    logits = logits.astype(jnp.float32)
+    logits = only_allowed(processors, logits.astype(jnp.float32))
     for processor in processors:
         if processor.needs_seen and seen is None:
             raise ValueError(f"seen=None: {type(processor).__name__} needs the tokens of the rows")
@@ -63,6 +64,14 @@ def allowed_tokens(processors: Sequence[LogitsProcessor], vocab_size: int) -> An
     if known(allowed) and not bool(allowed.any()):
         raise ValueError("allowed_ids: the processors and the config allow no token in common")
     return allowed
+
+
+def only_allowed(
+    processors: Sequence[LogitsProcessor], logits: Float[Array, "B V"]
+) -> Float[Array, "B V"]:
+    """The logits, -inf where any AllowedIds of `processors` excludes a token."""
+    allowed = allowed_tokens(processors, logits.shape[1])
+    return logits if allowed is None else jnp.where(allowed[None, :], logits, -jnp.inf)
 
 
 def constrained(decoder: Decoder, processors: Sequence[LogitsProcessor]) -> Decoder:
@@ -287,17 +296,22 @@ class ProcessedDecoder:
         return self.decoder.vocab_size
 
     def constrained(self, allowed: Bool[Array, " V"]) -> "ProcessedDecoder":
-        """With the same constraint in the decoder inside."""
-        return self.replace(decoder=constrained(self.decoder, (AllowedIds(allowed),)))
+        """With the constraint before its processors, and in the decoder inside."""
+        return self.replace(processors=(AllowedIds(allowed), *self.processors))
 
     def prepare(self) -> "ProcessedDecoder":
-        return self.replace(decoder=self.decoder.prepare())
+        return self.replace(decoder=self._inside.prepare())
+
+    @property
+    def _inside(self) -> Decoder:
+        """The decoder with the hard constraints of the processors."""
+        return constrained(self.decoder, self.processors)
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], ProcessedCache]:
         """As Decoder.prefill."""
-        logits, cache = self.decoder.prefill(tokens, lengths)
+        logits, cache = self._inside.prefill(tokens, lengths)
         seen = tokens_seen(tokens, lengths, self.vocab_size)
         return process_logits(self.processors, logits, seen), ProcessedCache(cache, seen)
 
@@ -308,7 +322,7 @@ class ProcessedDecoder:
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], ProcessedCache]:
         """As Decoder.step."""
-        logits, inner = self.decoder.step(tokens, cache.cache, active)
+        logits, inner = self._inside.step(tokens, cache.cache, active)
         ids = tokens if active is None else jnp.where(active, tokens, self.vocab_size)
         seen = cache.seen.at[jnp.arange(tokens.shape[0]), ids].set(True, mode="drop")
         return process_logits(self.processors, logits, seen), ProcessedCache(inner, seen)
@@ -317,6 +331,6 @@ class ProcessedDecoder:
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: ProcessedCache
     ) -> tuple[Float[Array, "B V"], ProcessedCache]:
         """As Decoder.extend."""
-        logits, inner = self.decoder.extend(tokens, lengths, cache.cache)
+        logits, inner = self._inside.extend(tokens, lengths, cache.cache)
         seen = cache.seen | tokens_seen(tokens, lengths, self.vocab_size)
         return process_logits(self.processors, logits, seen), ProcessedCache(inner, seen)

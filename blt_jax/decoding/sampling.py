@@ -22,6 +22,7 @@ from blt_jax.decoding.logits import (
     TopP,
     allowed_tokens,
     constrained,
+    only_allowed,
     process_logits,
     tokens_seen,
 )
@@ -135,11 +136,11 @@ def generate(
 
     Rows are independent: a row gives the same tokens alone as in a batch when it has the same
     key. key: one key (folded with the row number) or one per row [B]; each token folds in its
-    step. The last token is not read by the model. processors: applied before those of the config;
-    their numbers may change without a new compile. Allowed ids also go to a decoder that excludes
-    tokens itself. previous: what the prompts, which may then be empty, come after; give another key
-    than it had. Raises ValueError when no id is allowed or prompts and new tokens exceed the
-    capacity, and as Decoder.prefill and extend do.
+    step. The last token is not read by the model. processors: applied before those of the config,
+    but allowed ids before all others; their numbers may change without a new compile. Allowed ids
+    also go to a decoder that excludes tokens itself. previous: what the prompts, which may then be
+    empty, come after; give another key than it had. Raises ValueError when no id is allowed or
+    prompts and new tokens exceed the capacity, and as Decoder.prefill and extend do.
     """
     settings = (config, max_new_tokens, stop_ids, key, processors, previous)
     return _generate(decoder, *_check(decoder, tokens, lengths, *settings))
@@ -224,7 +225,8 @@ def _generate(decoder, tokens, lengths, keys, config, max_new_tokens, stop_ids, 
     counted = cache.counters()
 
     def choose(logits, index, active, seen):
-        logits, step_keys = process_logits(processors, logits, seen), keys
+        logits, step_keys = only_allowed(every, logits.astype(jnp.float32)), keys
+        logits = process_logits(processors, logits, seen)
         if config.temperature > 0:
             step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
         token = sample(logits, step_keys, config, seen)

@@ -134,7 +134,8 @@ class RecomputeDecoder(OverTransformer):
     def extend(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: TextCache
     ) -> tuple[Float[Array, "B V"], TextCache]:
-        """As Decoder.extend."""
+        """As Decoder.extend. Raises ValueError or TypeError for a cache of another decoder."""
+        self._check_cache(cache, tokens.shape[0])
         before, C = cache.lengths, self.config.window
         step.check_extension(tokens, lengths, before, self.capacity, self.vocab_size)
         after = before + lengths.astype(jnp.int32)
@@ -150,7 +151,8 @@ class RecomputeDecoder(OverTransformer):
         cache: TextCache,
         active: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], TextCache]:
-        """As Decoder.step."""
+        """As Decoder.step. Raises ValueError or TypeError for a cache of another decoder."""
+        self._check_cache(cache, tokens.shape[0])
         step.check_step(tokens, cache.lengths, active, self.capacity, self.vocab_size)
         active = jnp.ones(tokens.shape, bool) if active is None else active
         C = self.config.window
@@ -159,6 +161,13 @@ class RecomputeDecoder(OverTransformer):
         text = cache.text.at[row, slot].set(tokens.astype(jnp.int32), mode="drop")
         cache = TextCache(text=text, lengths=cache.lengths + active.astype(jnp.int32))
         return self._logits(cache), cache
+
+    def _check_cache(self, cache, rows):
+        if not isinstance(cache, TextCache):
+            raise TypeError(f"cache is a {type(cache).__name__}: must be a TextCache")
+        wanted = (rows, self.config.window)
+        if cache.text.shape != wanted:
+            raise ValueError(f"cache has (rows, tokens) = {cache.text.shape}: must be {wanted}")
 
     def _logits(self, cache: TextCache):
         C = self.config.window

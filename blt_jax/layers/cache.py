@@ -160,6 +160,12 @@ class StepCache(RowCache):
     def slots(self) -> int:
         return self.layers[0].slots
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows, layers, slots, key-value heads, their width, pinned slots."""
+        rows, heads, _, width = self.layers[0].key[0].shape
+        return rows, len(self.layers), self.slots, heads, width, self.pinned
+
     def lengths_of(self, rows=None) -> jax.Array:
         """int32 [C]: the lengths of `rows` [C], of all rows if None."""
         return self.lengths if rows is None else jnp.take(self.lengths, rows, mode="clip")

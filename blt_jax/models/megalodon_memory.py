@@ -195,7 +195,7 @@ class NormState:
 def running_sums(x: Float[Array, "B T W"], document: Int[Array, "B T"] | None):
     """Sums over the tokens of the document up to and with each one, [B, T, W].
 
-    document: one number for all tokens of a document, other than its neighbours'; None: one
+    document: one number for all tokens of a document, which no other of the row has; None: one
     document. Within blocks a triangular product; the blocks' totals are summed in the same way.
     """
     B, T, W = x.shape

@@ -192,6 +192,17 @@ def test_amateur_with_a_prompt_of_its_own():
         generate(decoder, PROMPTS % 4, LENGTHS, GREEDY, 2)
 
 
+def test_a_stream_with_a_prompt_of_the_amateur():
+    """A model that reads without end needs no room for the longer prompt."""
+    params = decoders.params_of("sinks")
+    stream = decoders.make("sinks", params)
+    prompt = jnp.asarray([[3, 2, 9], [4, 4, 4]]), jnp.asarray([2, 3])
+    pair = ContrastiveDecoder.create(stream, stream, amateur_prompt=prompt, beta=0.5, alpha=0.0)
+    tokens = jnp.asarray([[5], [6]]), jnp.asarray([1, 1])
+    expected = 1.5 * stream.prefill(*tokens)[0] - 0.5 * stream.prefill(*prompt)[0]
+    np.testing.assert_allclose(pair.prefill(*tokens)[0], expected, atol=1e-5)
+
+
 def test_an_equal_amateur_or_no_strength_is_the_expert():
     expert, amateur = TABLE, TableDecoder(random_table(2))
     plain = generate(expert, PROMPTS % 4, LENGTHS, GREEDY, 10).tokens
@@ -397,6 +408,14 @@ def test_masked_tokens_never_enter_a_beam():
         (
             {"amateur_prompt": (jnp.zeros((1, 3), jnp.int32), jnp.asarray([3]))},
             "capacity=32: must be >= 34",
+        ),
+        (
+            {"amateur_prompt": (jnp.zeros((1, 3), jnp.int32), jnp.asarray([4]))},
+            r"amateur_prompt: lengths=\[4\]: every prompt needs 1..3 tokens",
+        ),
+        (
+            {"amateur_prompt": (jnp.asarray([[0, 4]]), jnp.asarray([2]))},
+            "amateur_prompt: .*4",
         ),
     ],
 )

@@ -152,14 +152,39 @@ def test_a_full_row_is_an_error_outside_jit():
     one, many = jnp.ones((1, 1), jnp.int32), jnp.ones((2, 1), jnp.int32)
     with pytest.raises(ValueError, match="4 tokens and 1 new ones exceed capacity=4"):
         decoder.extend(one, one[0], cache)
-    with pytest.raises(ValueError, match="cache has 1 rows: must be 2"):
+    with pytest.raises(ValueError, match=r"cache has \(rows, .* = \(1, .*: must be \(2, "):
         decoder.extend(many, many[:, 0], cache)
-    with pytest.raises(ValueError, match="cache has 4 slots: must have 9"):
+    with pytest.raises(ValueError, match=r" = \(1, 2, 4, .*: must be \(1, 2, 9, "):
         build(capacity=9).extend(one, one[0], cache)
-    with pytest.raises(ValueError, match="cache has 4 slots: must have 9"):
+    with pytest.raises(ValueError, match=r" = \(1, 2, 4, .*: must be \(1, 2, 9, "):
         build(capacity=9).step(one[0], cache)
     with pytest.raises(ValueError, match="capacity=0"):
         build(capacity=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cache_of_another_model_is_an_error(rows):
+    one = jnp.ones((1, 1), jnp.int32)
+    prompt = jnp.ones((rows, 2), jnp.int32), jnp.full((rows,), 2, jnp.int32)
+    model = llama3.small(vocab_size=32, num_layers=1, d_model=16, num_heads=4, num_kv_heads=1)
+    other = TransformerDecoder.create(
+        model.build(), init_params(model.build(), jax.random.key(0)), decoders.CAPACITY
+    )
+    caches = {"llama": other.prefill(*prompt)[1]}
+    texts = decoders.make("recompute", decoders.params_of("recompute"))
+    texts = texts.replace(config=dataclasses.replace(texts.config, window=8))
+    caches["recompute"] = texts.prefill(*prompt)[1]
+    for name, message in (("llama", r"\(1, 1, 12, 2, 4, 0\)"), ("recompute", r"\(1, 4\)")):
+        decoder = decoders.make(name, decoders.params_of(name))
+        other_name = "recompute" if name == "llama" else "llama"
+        for call in (
+            lambda cache, decoder=decoder: decoder.step(one[0], cache),
+            lambda cache, decoder=decoder: decoder.extend(one, one[0], cache),
+        ):
+            with pytest.raises(ValueError, match=f"cache has .*must be {message}"):
+                call(caches[name])
+            with pytest.raises(TypeError, match="Cache"):
+                call(caches[other_name])
 
 
 @pytest.mark.parametrize("name", decoders.NAMES)
