@@ -13,7 +13,7 @@ context, harm from the second expert, and, over seeds, none from the small model
 checkpoint. `weak_amateurs` has two more: 3-grams, which gain most, and the small model after an
 example with the shortcut, which does not. `tiny` judges one amateur, any of them by --config.kind.
 `proof_text` does it on bytes of the Python standard library.
-`gsm8k` takes folders of converted Llamas: --config.expert=models/llama_65b and so on; its eight
+`gsm8k` takes Hugging Face folders of Llamas: --config.expert=models/llama_65b and so on; its eight
 examples are a file of the user's.
 What was found is in docs/results/contrastive_decoding.md.
 """
@@ -152,12 +152,13 @@ def proof_text() -> ContrastiveText:
 
 
 def gsm8k() -> ContrastiveQuestions:
-    """The paper's setting for a pair of converted Llamas and GSM8K (needs their files)."""
+    """The paper's setting for a pair of Llamas and GSM8K, also by vote (needs their files)."""
     return ContrastiveQuestions(
         expert="models/expert",
         amateur="models/amateur",
         questions="gsm8k/test.jsonl",
         shots="gsm8k/eight_shots.txt",
+        votes=(5, 10, 20),
         tokenizer=TokenizerConfig(
             kind=TokenizerKind.SENTENCEPIECE, path="models/expert/tokenizer.model"
         ),

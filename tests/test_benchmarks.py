@@ -9,6 +9,7 @@ from benchmarks import (
     blt_operations,
     blt_peer,
     blt_training,
+    contrastive_decoding,
     llama_options,
     megalodon_training,
     reporting,
@@ -33,6 +34,15 @@ def test_streaming_llm(tables, monkeypatch):
     streaming_llm.main()
     cases = [row["case"] for row in tables["streaming_llm"]]
     assert len(cases) == 9 and all(row["ms_per_token"] > 0 for row in tables["streaming_llm"])
+
+
+def test_contrastive_decoding(monkeypatch):
+    tiny = dict(num_layers=1, d_model=16, num_heads=2)
+    for name, value in dict(EXPERT=tiny, AMATEURS={"equal": tiny}, NEW=3, RUNS=1).items():
+        monkeypatch.setattr(contrastive_decoding, name, value)
+    rows = contrastive_decoding.measure(2, "equal")
+    assert [row["decoder"] for row in rows] == ["expert", "amateur", "pair"]
+    assert rows[2]["over_parts"] > 0 and rows[0]["times_expert"] == 1
 
 
 def test_llama_options(monkeypatch):

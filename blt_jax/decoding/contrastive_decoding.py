@@ -24,7 +24,9 @@ Axes: B batch, T prompt, C continuations, M new tokens, V vocabulary.
 
 Departures: Li et al.'s code preselects beam candidates by the expert alone, which is an option
 here (`BeamPool`), and uses no mask in greedy mode; here every search is masked as their paper says,
-by alpha alone, where their beams keep two tokens at least. LLaMA's norm by the likelihood of an
+by alpha alone, where their beams keep two tokens at least. Over an amateur temperature their code
+divides log-probabilities without normalising them again; here what is subtracted is a distribution.
+LLaMA's norm by the likelihood of an
 answer without its question is left to the caller: it is another call of `score_continuations`.
 Where a stored text of the paper prints the cutoff with 1/alpha, its code and proof have alpha, as
 here.

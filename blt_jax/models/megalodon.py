@@ -619,11 +619,13 @@ class Megalodon(NextTokenModel):
         right-padded rows, asks for the cache after them; of packed or left-padded ones, with
         segment_ids, for that of their last document. key: of dropout; None: none.
 
-        Raises TypeError for ids of a float type and, outside jit, ValueError for lengths at which
-        no document ends its row.
+        Raises TypeError for ids of a float type, ValueError for rows without tokens and, outside
+        jit, for lengths at which no document ends its row.
         """
         config = self.config
         check_token_ids("tokens", tokens)
+        if not tokens.shape[1]:
+            raise ValueError(f"tokens {tokens.shape}: must have at least one token per row")
         first, packed = None, segment_ids is not None and lengths is not None
         if lengths is not None and not packed:
             real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]

@@ -175,3 +175,46 @@ def truncated_logits(config, params, tokens, chunks):
                 mine.norm = its.norm
             model.norm = other.norm
     return np.stack(rows)
+
+
+def group_norm(x, weight, bias, groups, eps):
+    """Over all tokens [T, D] and the features of each group."""
+    rows = x.reshape(len(x), groups, -1)
+    mean, variance = rows.mean((0, 2), keepdims=True), rows.var((0, 2), keepdims=True)
+    return ((rows - mean) / np.sqrt(variance + eps)).reshape(x.shape) * (weight + 1) + bias
+
+
+def class_logits(config, params, tokens):
+    """Section 4.4, [classes] of one row: averages in both directions, attention within chunks in
+    both directions, group norms, the mean over tokens."""
+    x, places, eps = params["embed"]["table"][tokens], np.arange(len(tokens)), config.norm_eps
+    chunk = places // config.chunk_size
+    for layer in range(config.num_layers):
+        w = {name: leaf[layer] for name, leaf in params["layers"].items()}
+        back = {k.removeprefix("backward_"): v for k, v in w.items() if k.startswith("backward_")}
+        back["ema_omega"] = np.zeros(config.d_model)  # what a token sees of itself counts once
+        normal = group_norm(x, w["norm_weight"], w["norm_bias"], config.norm_groups, eps)
+        ahead, behind = MovingAverage(w, config), MovingAverage(back, config)
+        average = np.stack([ahead(token) for token in normal])
+        average += np.stack([behind(token) for token in normal[::-1]])[::-1]
+        mixed = unit_rms(average, eps) * (w["ema_norm_weight"] + 1)
+
+        def heads(x, name, w=w):
+            return np.einsum("td,dhk->thk", x, w[f"{name}_kernel"]) + w[f"{name}_bias"]
+
+        shared = unit_rms(heads(mixed, "z"), eps)
+        gain = (w["qk_gain"] + 1) / np.sqrt(shared.shape[-1])
+        q, k = (shared * gain[i] + w["qk_offset"][i] for i in (0, 1))
+        theta, size = config.rope.theta, config.chunk_size
+        q, k = (np.stack([rotated(each[t], t % size, theta) for t in places]) for each in (q, k))
+        scores = np.einsum("thk,shk->hts", q, k)
+        weights = np.exp(scores - scores.max()) * (chunk[:, None] == chunk[None])
+        weights /= weights.sum(-1, keepdims=True)
+        found = np.einsum("hts,shj->thj", weights, silu(heads(normal, "value")))
+        found *= silu(heads(mixed, "gate"))
+        y = x + mixed @ w["hidden_kernel"] + w["hidden_bias"]
+        y += np.einsum("thj,hjd->td", found, w["out_kernel"])
+        h = np.stack([token_norm(row, w["mlp_norm_weight"], w["mlp_norm_bias"], eps) for row in y])
+        x = x + (silu(h @ w["mlp_gate"]) * (h @ w["mlp_up"])) @ w["mlp_down"]
+    x = group_norm(x, params["norm_weight"], params["norm_bias"], config.norm_groups, eps)
+    return x.mean(0) @ params["head"]["kernel"]

@@ -468,6 +468,8 @@ def test_bad_inputs():
         model.apply({"params": params}, tokens_of(), padding, jnp.array([20, 0]))
     with pytest.raises(ValueError, match=r"\(2, 20\) and lengths \(1,\): must be \(2, 20\) and"):
         megalodon.check_last_documents(SEGMENTS, jnp.array([18]), (2, 20))
+    with pytest.raises(ValueError, match=r"tokens \(2, 0\): must have at least one token per row"):
+        model.apply({"params": params}, tokens_of()[:, :0])
     with pytest.raises(ValueError, match="a language model looks back only"):
         changed(bidirectional=True).build()
     with pytest.raises(NotImplementedError, match="'fft' cannot reset the state"):

@@ -14,6 +14,7 @@ from blt_jax.layers.attention import masked_attention
 from blt_jax.models import megalodon
 from blt_jax.models.megalodon_classifier import ClassifierConfig
 from blt_jax.models.megalodon_memory import documents_of
+from tests.models.megalodon_numpy import class_logits
 
 SIZES = dict(
     vocab_size=30,
@@ -37,6 +38,26 @@ def params():
 @jax.jit
 def apply(params, tokens, segment_ids):
     return CONFIG.build().apply({"params": params}, tokens, segment_ids)
+
+
+@pytest.mark.parametrize("ema", [megalodon.EmaKind.COMPLEX, megalodon.EmaKind.REAL])
+def test_equals_the_equations_in_float64(ema):
+    """Two layers and heads; a row of 11 tokens and one of 7, in chunks of 4."""
+    sizes = SIZES | dict(num_layers=2, num_heads=2, swiglu=True)
+    blocks = megalodon.small(bidirectional=True, ema=ema, **sizes)
+    model = ClassifierConfig(blocks=blocks, num_classes=3).build()
+    leaves, tree = jax.tree.flatten(init_params(model, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    params = jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for k, x in pairs])
+    tokens = jax.random.randint(jax.random.key(2), (2, 11), 0, 30, jnp.int32)
+    lengths = np.array([11, 7])
+    segment_ids = jnp.asarray(np.arange(11)[None] < lengths[:, None], jnp.int32)
+    logits = jax.jit(model.apply)({"params": params}, tokens, segment_ids).logits
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    for row, length in enumerate(lengths):
+        expected = class_logits(blocks, exact, np.asarray(tokens[row, :length]))
+        np.testing.assert_allclose(logits[row], expected, atol=2e-6)
 
 
 def test_every_token_counts_in_both_directions():

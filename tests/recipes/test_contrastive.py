@@ -157,11 +157,19 @@ def test_questions_to_models_in_folders(tmp_path):
         new_tokens=4,
     )
     numbers = config.run(context(tmp_path / "run"))
-    assert 0 <= numbers["exact_match"] <= 1
+    assert 0 <= numbers["exact_match"] <= 1 and not any("vote" in name for name in numbers)
     text = (tmp_path / "run" / "texts" / "examples.txt").read_text()
     assert "of 3" in text
     asked, solved = read_questions(str(questions), 2)
     assert asked == ["1 + 2?", "1 + 3?"] and [last_number(s) for s in solved] == [1002, 1003]
+    voting = dataclasses.replace(
+        config, votes=(1, 3), vocab_size=200, amateur_tokenizer=TokenizerConfig()
+    )
+    numbers = voting.run(context(tmp_path / "votes"))
+    names = {f"vote_{n}{who}" for n in (1, 3) for who in ("", "_expert")}
+    assert names < numbers.keys() and all(0 <= numbers[name] <= 1 for name in names)
+    with pytest.raises(ValueError, match="votes="):
+        dataclasses.replace(config, votes=(0,))
     questions.write_text('{"question": "1?", "answer": "none"}')
     with pytest.raises(ValueError, match="line 1 needs a question, and an answer with a number"):
         config.run(context(tmp_path / "run"))
