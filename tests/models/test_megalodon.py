@@ -23,6 +23,7 @@ from blt_jax.models.megalodon import (
     NormKind,
     ScanForm,
 )
+from blt_jax.models.megalodon_decode import MegalodonDecoder
 from blt_jax.models.megalodon_memory import NormState
 from blt_jax.train.optimizer import OptimizerConfig, decay_mask, parameter_names
 from tests.models.gradients import assert_leaves_close
@@ -226,6 +227,20 @@ def test_forward_pass_sharded(changes, segment_ids):
     with jax.set_mesh(make_mesh(HALVES)):
         sharded = apply(config.build(SHARDED), params, tokens, segment_ids, key)
     np.testing.assert_allclose(sharded, logits, atol=1e-5)
+
+
+def test_prefill_sharded():
+    """Rows, length and features over eight devices; the last documents of packed rows."""
+    config = changed(scan_form=ScanForm.AUTO, prior_count=3)
+    params, tokens = params_of(config), tokens_of(2, 32)
+    segment_ids = jnp.array([[1] * 5 + [2] * 25 + [0] * 2, [0] * 3 + [1] * 17 + [0] * 12])
+    prompt = tokens, jnp.array([30, 20]), segment_ids
+    one = MegalodonDecoder.create(config.build(), params)
+    expected = jax.jit(MegalodonDecoder.prefill)(one, *prompt)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2, tensor=2))):
+        many = MegalodonDecoder.create(config.build(SHARDED), params)
+        found = jax.jit(MegalodonDecoder.prefill)(many, *prompt)
+    assert_close(found, expected, atol=1e-5)
 
 
 def test_created_sharded():

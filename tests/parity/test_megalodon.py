@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.megalodon_peer import carried_over, fresh_peer, its_settings, make_peer
-from blt_jax.dist.sharding import init_params
+from blt_jax.dist.sharding import ShardingRules, init_params
 from blt_jax.interop.megalodon import load_megalodon, save_megalodon, write_megalodon
-from blt_jax.models import megalodon
+from blt_jax.models import megalodon, megalodon_memory
 from blt_jax.models.megalodon_decode import MegalodonDecoder
 from tests.models import megalodon_numpy
 
@@ -135,6 +136,22 @@ def test_logits_and_gradients(name, packed):
     ):
         if hasattr(ours_, "shape"):
             np.testing.assert_allclose(ours_, theirs_, **GRADIENTS)
+
+
+def test_the_last_timestep_norm_is_group_norm():
+    """Statistics of all tokens, as of torch's norm over the groups of a whole row."""
+    generator = np.random.default_rng(7)
+    x = generator.normal(2.0, 3.0, size=(2, 150, 16)).astype(np.float32)
+    weight, bias = generator.normal(size=(2, 16)).astype(np.float32)
+    config = dataclasses.replace(model_of("base")[0].config, d_model=16, norm_groups=4)
+    parameters = {"n_weight": jnp.asarray(weight - 1.0), "n_bias": jnp.asarray(bias)}
+    y, _ = megalodon_memory.timestep_norm(
+        jnp.asarray(x), parameters, "n", None, None, config=config, sharding=ShardingRules()
+    )
+    rows = torch.tensor(x).transpose(1, 2)
+    affine = torch.tensor(weight), torch.tensor(bias)
+    expected = torch.nn.functional.group_norm(rows, 4, *affine, eps=config.norm_eps)
+    np.testing.assert_allclose(y[:, -1], expected[:, :, -1].numpy(), atol=2e-5)
 
 
 def test_packed_documents_equal_the_peers_alone():

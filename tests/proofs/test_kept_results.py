@@ -178,6 +178,15 @@ def test_what_parts_of_megalodon_do(run, check):
     check(json.loads((RESULTS / f"{run}.json").read_text())["numbers"])
 
 
+def test_megalodon_recalls_by_statistics_and_by_averages_that_begin_spread_out():
+    numbers = json.loads((RESULTS / "megalodon_recall_far.json").read_text())["numbers"]
+    for gap in (24, 96, 224):
+        for decay in ("paper", "log_uniform"):
+            assert numbers[f"{decay}_timestep/recall_accuracy_{gap}"] > 0.9
+        assert numbers[f"paper_layer/recall_accuracy_{gap}"] < 0.3
+    assert numbers["log_uniform_layer/recall_accuracy_24"] > 0.9
+
+
 def test_what_megalodon_loses_without_its_parts_is_beyond_chance():
     file = RESULTS / "megalodon_ablation_seeds.json"
     numbers = json.loads(file.read_text())["numbers"]
