@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from blt_jax.decoding.decoder import Decoder
@@ -90,9 +91,12 @@ def sample(
 ) -> Int[Array, " B"]:
     """One token id per row. key: one key, or one per row [B]; unused when greedy.
 
-    seen: ids that each row holds, needed by a repetition penalty.
+    seen: ids that each row holds, needed by a repetition penalty. Rows that hold NaN, or leave no
+    token, give some id, which `jax.experimental.checkify` reports.
     """
     logits = process_logits(config.processors(logits.shape[-1]), logits, seen)
+    some = jnp.max(logits, axis=-1) > -jnp.inf  # not so for NaN either
+    checkify.debug_check(jnp.all(some), "logits hold NaN, or are all -inf")
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = key if key.ndim else row_keys(key, logits.shape[0])
@@ -140,7 +144,8 @@ def generate(
     but allowed ids before all others; their numbers may change without a new compile. Allowed ids
     also go to a decoder that excludes tokens itself. previous: what the prompts, which may then be
     empty, come after; give another key than it had. Raises ValueError when no id is allowed or
-    prompts and new tokens exceed the capacity, and as Decoder.prefill and extend do.
+    prompts and new tokens exceed the capacity, and as Decoder.prefill and extend do. A model whose
+    logits are NaN gives ids without meaning, see `sample`.
     """
     settings = (config, max_new_tokens, stop_ids, key, processors, previous)
     return _generate(decoder, *_check(decoder, tokens, lengths, *settings))

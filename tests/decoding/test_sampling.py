@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from blt_jax.decoding.decoder import TransformerDecoder
 from blt_jax.decoding.logits import (
@@ -141,6 +142,18 @@ def test_bad_settings(fields, message):
 def test_bad_processors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_a_token_are_reported(temperature):
+    config, key = SamplingConfig(temperature=temperature), jax.random.key(0)
+    checked = checkify.checkify(lambda logits: sample(logits, key, config))
+    checked(jnp.asarray(LOGITS))[0].throw()
+    for bad in (np.nan, -np.inf):
+        logits = LOGITS.copy()
+        logits[1, : 1 if np.isnan(bad) else None] = bad
+        with pytest.raises(checkify.JaxRuntimeError, match="hold NaN, or are all -inf"):
+            checked(jnp.asarray(logits))[0].throw()
 
 
 def test_allowed_ids_of_another_vocabulary():
