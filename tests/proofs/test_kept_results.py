@@ -187,6 +187,16 @@ def test_megalodon_recalls_by_statistics_and_by_averages_that_begin_spread_out()
     assert numbers["log_uniform_layer/recall_accuracy_24"] > 0.9
 
 
+def test_megalodon_reads_on_by_its_state_alone():
+    numbers = json.loads((RESULTS / "megalodon_stream.json").read_text())["numbers"]
+    for length in (1024, 2048, 4096, 8192, 16384):
+        whole, streamed = (
+            numbers[f"{kind}bits_per_byte_to_{length}"] for kind in ("", "truncated_")
+        )
+        assert abs(whole - streamed) < 1e-5
+    assert numbers["bits_per_byte_to_16384"] < numbers["bits_per_byte_within"]
+
+
 def test_what_megalodon_loses_without_its_parts_is_beyond_chance():
     file = RESULTS / "megalodon_ablation_seeds.json"
     numbers = json.loads(file.read_text())["numbers"]
