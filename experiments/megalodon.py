@@ -15,13 +15,15 @@ import dataclasses
 
 from blt_jax.data.loader import DataConfig
 from blt_jax.data.sources import SourceConfig
-from blt_jax.data.synthetic import RECALL_VOCABULARY
+from blt_jax.data.synthetic import LISTOPS_VOCABULARY, RECALL_VOCABULARY
 from blt_jax.data.tokenizers import TokenizerConfig, TokenizerKind
 from blt_jax.dist.mesh import MeshConfig
 from blt_jax.layers.model import ModelConfig
 from blt_jax.layers.transformer import Remat
 from blt_jax.models import llama3, megalodon
+from blt_jax.models.megalodon_classifier import ClassifierConfig
 from blt_jax.models.megalodon_truncated import CHUNKS
+from blt_jax.recipes.classification import ListOps
 from blt_jax.recipes.language_model import LanguageModel
 from blt_jax.recipes.long_context import ChunkBoundaries, LongContext, Recall
 from blt_jax.train.checkpoint import CheckpointingConfig
@@ -252,6 +254,44 @@ def recall_far() -> Comparison:
     )
 
 
+def listops_classifier() -> ClassifierConfig:
+    """Four layers of width 96 that look both ways, chunks of 64."""
+    blocks = megalodon.small(
+        vocab_size=LISTOPS_VOCABULARY,
+        num_layers=4,
+        d_model=96,
+        chunk_size=64,
+        bidirectional=True,
+        scan_layers=False,
+    )
+    return ClassifierConfig(blocks=blocks, num_classes=10)
+
+
+def listops() -> ListOps:
+    """Values of nested expressions of up to 128 ids, by the classifier (6 min)."""
+    return ListOps(
+        model=listops_classifier(),
+        data=DataConfig(sequence_length=128, batch_size=32),
+        optimizer=EVERYTHING_DECAYS,
+        schedule=Schedule(learning_rate=2e-3, warmup_steps=50, decay=Decay.COSINE),
+        steps=1500,
+        values=5,
+        depth=4,
+    )
+
+
+def listops_smoke() -> ListOps:
+    """A few steps on short expressions, to see that everything works."""
+    blocks = dataclasses.replace(listops_classifier().blocks, num_layers=1, chunk_size=16)
+    return dataclasses.replace(
+        listops(),
+        model=dataclasses.replace(listops_classifier(), blocks=blocks),
+        data=DataConfig(sequence_length=32, batch_size=4),
+        evaluation=EvaluationConfig(batches=2),
+        steps=4,
+    )
+
+
 def _paper(model: megalodon.MegalodonConfig, learning_rate: float) -> LanguageModel:
     """Section 4.1: 2T tokens in batches of 4M, rows of 32K, cosine to a tenth."""
     batch_tokens, length = 4 * 2**20, 32 * 1024
@@ -293,9 +333,10 @@ def megalodon_7b_v5p_64() -> LanguageModel:
     return dataclasses.replace(run, model=model, mesh=mesh, accumulation=2)
 
 
+LISTOPS = (listops, listops_smoke)
 PAPER = (mega_200m, mega_1_3b, megalodon_7b, megalodon_7b_v5p_64)
 ABLATION = (ablation, ablation_seeds, recall_ablation, recall_ablation_seeds, recall_far)
-RUNS = (smoke, tiny, proof, proof_seeds, truncation, stream, *ABLATION, *PAPER)
+RUNS = (smoke, tiny, proof, proof_seeds, truncation, stream, *ABLATION, *LISTOPS, *PAPER)
 
 
 def get_config(run: str = "tiny") -> Experiment:

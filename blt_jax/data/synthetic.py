@@ -164,6 +164,53 @@ def recall_rows(
     }
 
 
+LISTOPS_OPERATORS = {
+    "MIN": min,
+    "MAX": max,
+    "MED": lambda values: int(np.median(values)),
+    "SM": lambda values: sum(values) % 10,
+}
+LISTOPS_VOCABULARY = 10 + len(LISTOPS_OPERATORS) + 1
+"""Digits, the operators with their opening bracket, the closing bracket."""
+
+
+def listops_row(
+    length: int, *, depth: int, values: int, seed: int | tuple[int, ...]
+) -> tuple[np.ndarray, int]:
+    """Ids of a nested expression of length / 4 to `length` ids, and its value 0 to 9.
+
+    An operator has 2 to `values` arguments, each a digit with probability 1/4, and always inside of
+    `depth` operators, else an expression. Ids 0-9 are digits, 10-13 MIN, MAX, the median (rounded
+    down) and the sum modulo 10, each with its opening bracket, 14 the closing one. Expressions of
+    other lengths are drawn again. Raises ValueError for sizes that have none.
+    """
+    _check_at_least("length", length, 4)
+    _check_at_least("depth", depth, 1)
+    _check_at_least("values", values, 2)
+    generator, operators = np.random.default_rng(seed), list(LISTOPS_OPERATORS.values())
+    ids: list[int] = []
+
+    def argument(outside: int) -> int:
+        if outside and (outside >= depth or generator.random() < 0.25):
+            ids.append(int(generator.integers(10)))
+            return ids[-1]
+        operator = int(generator.integers(len(operators)))
+        ids.append(10 + operator)
+        count = int(generator.integers(2, values + 1))
+        found = [argument(outside + 1) for _ in range(count) if len(ids) <= length]
+        ids.append(LISTOPS_VOCABULARY - 1)
+        return int(operators[operator](found)) if found else 0
+
+    for _ in range(100_000):
+        ids.clear()
+        value = argument(0)
+        if length // 4 <= len(ids) <= length:
+            return np.array(ids, np.int32), value
+    raise ValueError(
+        f"no expression of depth={depth} and values={values} has {length // 4} to {length} ids"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Bigrams:
     """transitions [N, N]: probability of symbol j after symbol i; start [N]: of the first one."""

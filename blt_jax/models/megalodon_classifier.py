@@ -120,12 +120,16 @@ class MegalodonClassifier(Model):
             )
 
     def loss(self, params, batch: dict[str, jax.Array], key: jax.Array | None = None) -> LossSums:
-        """Cross-entropy of `labels` [B]; reads tokens and segment_ids."""
-        inputs = (batch["tokens"], batch.get("segment_ids"))
+        """Cross-entropy of `labels` [B]; reads tokens and segment_ids. Rows of padding alone count
+        nothing."""
+        segment_ids = batch.get("segment_ids")
+        inputs = (batch["tokens"], segment_ids)
         logits = self.apply({"params": params}, *inputs, key=key).logits[:, None]
         labels = batch["labels"][:, None]
-        every = jnp.ones(labels.shape, bool)
-        return cross_entropy_sums(logits, labels, every, jnp.ones_like(labels))
+        counted = jnp.ones(labels.shape, bool)
+        if segment_ids is not None:
+            counted = (segment_ids > 0).any(axis=1, keepdims=True)
+        return cross_entropy_sums(logits, labels, counted, jnp.ones_like(labels))
 
     def has_dropout(self) -> bool:
         return self.config.blocks.has_dropout
