@@ -268,7 +268,7 @@ def listops_classifier() -> ClassifierConfig:
 
 
 def listops() -> ListOps:
-    """Values of nested expressions of up to 128 ids, by the classifier (6 min)."""
+    """Values of nested expressions of up to 128 ids, by the classifier (10 min)."""
     return ListOps(
         model=listops_classifier(),
         data=DataConfig(sequence_length=128, batch_size=32),

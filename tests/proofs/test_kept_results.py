@@ -197,6 +197,12 @@ def test_megalodon_reads_on_by_its_state_alone():
     assert numbers["bits_per_byte_to_16384"] < numbers["bits_per_byte_within"]
 
 
+def test_megalodons_classifier_learns_more_than_the_most_frequent_value():
+    numbers = json.loads((RESULTS / "megalodon_listops.json").read_text())["numbers"]
+    # Two standard errors of 512 expressions are 0.04.
+    assert numbers["accuracy"] > numbers["most_frequent"] + 0.08
+
+
 def test_what_megalodon_loses_without_its_parts_is_beyond_chance():
     file = RESULTS / "megalodon_ablation_seeds.json"
     numbers = json.loads(file.read_text())["numbers"]
