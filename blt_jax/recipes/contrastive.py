@@ -25,7 +25,6 @@ from blt_jax.decoding.contrastive_decoding import (
     check_strengths,
     contrastive_scores,
     copy_rate,
-    majority_vote,
 )
 from blt_jax.decoding.decoder import Decoder, token_decoder
 from blt_jax.decoding.ngram import NgramDecoder, ngram_log_probabilities
@@ -39,6 +38,7 @@ from blt_jax.recipes.contrastive_report import (
     bootstrap_interval,
     outcome_text,
     strength_figure,
+    vote_shares,
 )
 from blt_jax.recipes.samples import pad_rows
 from blt_jax.train.checkpoint import load_params
@@ -216,11 +216,7 @@ class ContrastiveProblems(Experiment):
             for number in range(most)
         ]
         truth = [problem.answer for problem in problems]
-        numbers = {}
-        for k in self.votes:
-            voted = [majority_vote(column) for column in zip(*rounds[:k], strict=True)]
-            numbers[f"vote_{k}"] = float(np.mean(np.equal(voted, truth)))
-        return numbers
+        return {f"vote_{k}": x for k, x in vote_shares(rounds, truth, self.votes).items()}
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

@@ -18,12 +18,11 @@ from blt_jax.decoding.contrastive_decoding import (
     ContrastiveDecoder,
     check_strengths,
     check_tokenizers,
-    majority_vote,
 )
 from blt_jax.decoding.decoder import token_decoder
 from blt_jax.decoding.sampling import SamplingConfig, generate, row_keys
 from blt_jax.interop.hugging_face import load_pretrained
-from blt_jax.recipes.contrastive_report import bootstrap_interval, outcome_text
+from blt_jax.recipes.contrastive_report import bootstrap_interval, outcome_text, vote_shares
 from blt_jax.recipes.samples import encode_prompts
 from blt_jax.train.pretraining import Context, Experiment
 
@@ -121,11 +120,7 @@ class ContrastiveQuestions(Experiment):
             [last_number(text) for text in complete(sampling, jax.random.fold_in(key, number))]
             for number in range(max(self.votes, default=0))
         ]
-        found = {}
-        for votes in self.votes:
-            voted = [majority_vote(column) for column in zip(*rounds[:votes], strict=True)]
-            found[votes] = float(np.mean([a == b for a, b in zip(voted, truth, strict=True)]))
-        return found
+        return vote_shares(rounds, truth, self.votes)
 
     def _pair(self, context: Context, capacity: int) -> ContrastiveDecoder:
         decoders = [

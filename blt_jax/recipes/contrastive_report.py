@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from blt_jax.decoding.contrastive_decoding import majority_vote
 from blt_jax.train.comparison import aligned
 
 Mean = tuple[float, float | None]
@@ -21,6 +22,18 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray) -> tuple[float, flo
     drawn = np.random.default_rng(0).integers(values.size, size=(BOOTSTRAP_DRAWS, values.size))
     low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def vote_shares(
+    rounds: Sequence[Sequence[Any]], truth: Sequence[Any], votes: Sequence[int]
+) -> dict[int, float]:
+    """Share of questions whose majority of the first k answers is right, for every k of `votes`;
+    rounds: one answer, or None, to every question each."""
+    shares = {}
+    for k in votes:
+        voted = [majority_vote(column) for column in zip(*rounds[:k], strict=True)]
+        shares[k] = float(np.mean([a == b for a, b in zip(voted, truth, strict=True)]))
+    return shares
 
 
 def strength_figure(exact_match: dict[tuple[float, float], np.ndarray], greedy: np.ndarray) -> Any:
