@@ -5,13 +5,14 @@ import json
 import os
 import pathlib
 import platform
+import sys
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, versions and allocator setting of this process."""
+    """Processor, cores, devices of JAX where it is loaded, versions and allocator setting."""
     import importlib.metadata
 
     cpu = platform.processor()
@@ -32,10 +33,19 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "devices": _devices(),
         "python": platform.python_version(),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         **versions,
     }
+
+
+def _devices() -> str:
+    """Number and kind of the devices that JAX uses beside the CPU, "" before it is loaded."""
+    jax = sys.modules.get("jax")
+    if jax is None or jax.default_backend() == "cpu":
+        return ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _text(value: Any) -> str:
@@ -44,8 +54,11 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def save(name: str, description: str, rows: list[dict[str, Any]]) -> pathlib.Path:
-    """Writes results/<date>_<name>.{md,json}; lists and dicts inside rows go to the json only."""
+def save(
+    name: str, description: str, rows: list[dict[str, Any]], show: bool = True
+) -> pathlib.Path:
+    """Writes results/<date>_<name>.{md,json} and prints the former unless told not to; lists and
+    dicts inside rows go to the json only."""
     info = machine()
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"{info['date']}_{name}"
@@ -64,5 +77,6 @@ def save(name: str, description: str, rows: list[dict[str, Any]]) -> pathlib.Pat
     lines += ["| " + " | ".join(_text(row.get(c, "")) for c in columns) + " |" for row in rows]
     path = stem.with_suffix(".md")
     path.write_text("\n".join(lines) + "\n")
-    print(path.read_text())
+    if show:
+        print(path.read_text())
     return path

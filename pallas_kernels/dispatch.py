@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.extend
 from jax import lax
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 Form = TypeVar("Form")
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "interpret")
@@ -51,7 +51,8 @@ def by_platform(
     """Calls the form for the platform that the program is compiled for, `xla` where there is none.
 
     All forms return equal shapes and dtypes. To be called inside the forward and the backward
-    function of a `custom_vjp`: kernels cannot be differentiated through. Device kernels cannot be
+    function of a `custom_vjp`: kernels cannot be differentiated through, and what is derived from
+    a call of this function is the portable form. Device kernels cannot be
     partitioned automatically either: under a mesh of several devices (`jax.set_mesh`) they are
     taken inside `jax.shard_map` only, and `xla` outside it.
     """
@@ -86,13 +87,21 @@ def _form_for(platform: str | None, portable, forms) -> Callable[..., list[jax.A
 
 
 def _evaluate(*leaves, portable, forms):
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    return _form_for(platform, portable, forms)(*leaves)
+    platforms = [d.platform for x in leaves if isinstance(x, jax.Array) for d in x.devices()]
+    platform = platforms[0] if platforms else jax.default_backend()
+    return _form_for({"gpu": "cuda"}.get(platform, platform), portable, forms)(*leaves)
 
 
 def _shapes(*_, portable, forms):
     del forms
     return portable.out_avals
+
+
+def _differentiate(leaves, tangents, *, portable, forms):
+    """Of the portable form: derivatives of the first order are the callers' own (`custom_vjp`)."""
+    del forms
+    tangents = map(ad.instantiate_zeros, tangents)
+    return jax.jvp(jax.extend.core.jaxpr_as_fun(portable), leaves, tuple(tangents))
 
 
 def _batch(leaves, axes, *, portable, forms):
@@ -112,12 +121,25 @@ def _lower(ctx, *leaves, portable, forms, platform=None):
 
 _by_platform_p.def_impl(_evaluate)
 _by_platform_p.def_abstract_eval(_shapes)
+ad.primitive_jvps[_by_platform_p] = _differentiate
 batching.primitive_batchers[_by_platform_p] = _batch
 mlir.register_lowering(_by_platform_p, _lower)
 for _platform in ("tpu", "cuda"):
     mlir.register_lowering(
         _by_platform_p, functools.partial(_lower, platform=_platform), platform=_platform
     )
+
+
+def pallas_call(*args: Any, **options: Any) -> Callable[..., Any]:
+    """`pl.pallas_call`, traced with 32-bit integers: Mosaic knows no others, and literals in
+    kernels and index maps would have 64 bits under `jax_enable_x64`."""
+    from jax.experimental import pallas as pl
+
+    def call(*operands):
+        with jax.enable_x64(False):
+            return pl.pallas_call(*args, **options)(*operands)
+
+    return call
 
 
 def gathered(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -8,6 +8,7 @@ loops run; XLA's cost analysis only repeats the `cost_estimate` that the kernel'
 Nothing here measures time. `gpu_evidence.py` has what Triton kernels need.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -68,6 +69,19 @@ def compile_for_tpu(
         return lowered.compile()
 
 
+def absent_gpu(device_kind: str = "NVIDIA H200") -> contextlib.AbstractContextManager[Any]:
+    """Context in which Triton kernels are lowered for a GPU that is not there, as jax 0.11 asks to
+    be told; earlier versions lower them without."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    sharding = jax.sharding
+    gpu = sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
+    mesh = sharding.AbstractMesh(
+        (1,), ("gpu",), axis_types=(sharding.AxisType.Auto,), abstract_device=gpu
+    )
+    return sharding.use_abstract_mesh(mesh)
+
+
 @dataclasses.dataclass(frozen=True)
 class CudaLowering:
     """The StableHLO module as text, its GPU custom calls, and the bytes of the export."""
@@ -85,9 +99,9 @@ def lower_for_cuda(function: Callable[..., Any], args: Sequence[Any]) -> CudaLow
     """
     targets = ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2", "mosaic_gpu")
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in targets]
-    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)(
-        *args
-    )
+    export = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)
+    with absent_gpu():
+        exported = export(*args)
     text = exported.mlir_module()
     kernels = tuple(name for name in re.findall(r"custom_call @([\w$.]+)", text) if name in targets)
     return CudaLowering(text, kernels, len(exported.mlir_module_serialized))

@@ -24,6 +24,8 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
+from pallas_kernels.evidence import absent_gpu
+
 # Bytes that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability"): A100, RTX 30, RTX 40, H100 and H200, B200, RTX 50.
 SHARED_MEMORY = {
@@ -138,7 +140,8 @@ def compile_for_gpu(
         raise RuntimeError(
             f"cannot compile for a GPU: {reason}; see pallas_kernels/gpu_evidence.py"
         )
-    lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+    with absent_gpu():
+        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
     module = lowered.compiler_ir("stablehlo").operation
     return [_compile_kernel(call, capability) for call in _triton_calls(module)]
 

@@ -1,6 +1,8 @@
-"""Benchmarks of pallas_kernels: one module per operation, each with `rows() -> list[dict]`.
+"""Benchmarks of pallas_kernels: one module per operation, each with `rows()`, an iterable of dicts.
 
-A module's docstring describes its table; `python -m benchmarks.kernels` writes the tables.
+A module's docstring describes its table; `python -m benchmarks.kernels` writes the tables, row by
+row where `rows` is a generator. Where `rows` has a parameter `only`, rows are made only for what
+has that text in its operation and shape.
 """
 
 import statistics

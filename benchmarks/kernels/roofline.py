@@ -1,15 +1,20 @@
 """The kernels on the shapes of published models, beside what this device can do.
 
-bfloat16, forward and gradients in one call, the form that `implementation=None` picks. The device's
-own rates are measured first: a copy of an array that fits no cache, and one large matrix product.
-`of the device` is the time that the traffic (patch operations, recurrence: every argument, result
-and gradient once) or the arithmetic (grouped products: 6 m k n) would take at those rates, over the
-time measured; `over ragged_dot` the time of `jax.lax.ragged_dot` over ours. On a CPU the shapes are
-16 times shorter: that checks the program and says nothing about a device.
+bfloat16, the form that `implementation=None` picks; `forward` is the call alone, `training` the
+call and its gradients. The device's own rates are measured first: a copy of an array that fits no
+cache, one large matrix product, and multiplications with additions of float32 numbers in registers.
+`of the device` is the least time that these rates allow, over the time measured. It is that of the
+traffic (patch operations: what a pass needs and makes, each once), of the arithmetic (grouped
+products: 2 m k n forward, 4 more for gradients) or of the larger of both (recurrence: 12 N
+operations per number of x forward, 33 more for gradients). `over ragged_dot` is the time of
+`jax.lax.ragged_dot` over ours. On a CPU the shapes are 16 times shorter: that checks the program
+and says nothing about a device.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +28,43 @@ from pallas_kernels.patch_pool import shapes as patches
 CPU_SCALE = 16
 
 
-def rows() -> list[dict]:
+class Rates(NamedTuple):
+    """Of this device: bytes per second of a copy, FLOPs per second of a matrix product in bfloat16
+    and of float32 numbers one by one."""
+
+    copy: float
+    product: float
+    float32: float
+
+
+def rows(only: str = "") -> Iterator[dict]:
     scale = CPU_SCALE if jax.default_backend() == "cpu" else 1
-    bandwidth, rate = copy_bandwidth(2**29 // scale), matmul_rate(8192 // scale)
-    table = [
-        {"operation": "copy", "GB/s": bandwidth / 1e9},
-        {"operation": "matrix product", "TFLOP/s": rate / 1e12},
-    ]
+    rates = Rates(
+        copy_bandwidth(2**29 // scale), matmul_rate(8192 // scale), float32_rate(2**24 // scale)
+    )
+    yield {"operation": "copy", "GB/s": rates.copy / 1e9}
+    yield {"operation": "matrix product", "TFLOP/s": rates.product / 1e12}
+    yield {"operation": "float32", "TFLOP/s": rates.float32 / 1e12}
     for shape in patches.TRAINING_SHAPES:
-        for name, function, floats, ids in patch_cases(shape, scale):
-            seconds = traffic(function, floats, ids) / bandwidth
-            table.append(row(name, shape.name, timed(function, floats, ids), seconds))
+        for operation in PATCH_PASSES:
+            if only in f"{operation} {shape.name}":
+                yield patch_row(operation, shape, scale, rates)
     for shape in grouped.MODEL_SHAPES:
-        table.append(grouped_row(shape, scale, rate))
+        if only in f"gmm {shape.name}":
+            yield grouped_row(shape, scale, rates)
     for name in ("megalodon_7b", "megalodon_7b_32k"):
         (shape,) = (s for s in cema.DEVICE_SHAPES if s.name == name)
-        table.append(cema_row(shape, scale, bandwidth))
-    return table
+        if only in f"cema_scan {name}":
+            yield cema_row(shape, scale, rates)
 
 
-def row(operation: str, shape: str, ms: float, seconds: float) -> dict:
-    return {"operation": operation, "shape": shape, "ms": ms, "of the device": 1e3 * seconds / ms}
+def row(operation: str, shape: str, call, training, least: tuple[float, float]) -> dict:
+    """least: seconds that either pass takes at this device's rates."""
+    found = medians({"forward": call, "training": training})
+    result = {"operation": operation, "shape": shape}
+    for (name, ms), seconds in zip(found.items(), least, strict=True):
+        result |= {f"{name} ms": ms, f"{name} of the device": 1e3 * seconds / ms}
+    return result
 
 
 def copy_bandwidth(size: int) -> float:
@@ -60,57 +81,109 @@ def matmul_rate(size: int) -> float:
     return 2 * size**3 / (1e-3 * medians({"product": lambda: product(x)})["product"])
 
 
-def timed(function, floats, *others) -> float:
-    """Milliseconds of a call with gradients."""
-    call = with_gradients(function)
-    return medians({"ours": lambda: call(floats, *others)})["ours"]
+def float32_rate(size: int, depth: int = 512) -> float:
+    """FLOPs per second of multiplications with additions, `depth` of them per number read."""
+
+    @jax.jit
+    def run(x):
+        y = x
+        for _ in range(depth):
+            y = y * x + x
+        return y
+
+    x = jnp.full((size,), 0.5, jnp.float32)
+    return 2 * depth * size / (1e-3 * medians({"run": lambda: run(x)})["run"])
 
 
-def traffic(function, floats, *others) -> float:
-    """Bytes of the arguments, read by both passes, the result and its gradient, the gradients."""
-    out, gradients = jax.eval_shape(with_gradients(function), floats, *others)
-    arrays = [*floats, *floats, *gradients, out, out]
+def nbytes(*arrays) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
-def patch_cases(shape: patches.Shape, scale: int):
-    """(operation, function of (*floats, ids), floats, ids) of every patch operation."""
+class Passes(NamedTuple):
+    """What the passes of an operation move besides arguments, result, its gradient and gradients:
+    whether the backward pass reads the arguments and the result again, and how many arrays of the
+    result's size are kept for it."""
+
+    arguments: bool
+    result: bool
+    kept: int = 0
+
+
+PATCH_PASSES = {
+    "patch_pool max": Passes(True, True, kept=1),
+    "patch_pool mean": Passes(False, False),
+    "patch_attention": Passes(True, True),
+    "patch_gather_attention": Passes(True, True),
+}
+
+
+def traffic(passes: Passes, floats, out) -> tuple[int, int]:
+    """Bytes of the forward pass, and of both passes."""
+    forward = nbytes(*floats) + nbytes(out)
+    backward = nbytes(*floats) + nbytes(out)  # gradients, and the gradient of the result
+    backward += passes.arguments * nbytes(*floats)
+    backward += (passes.result + 2 * passes.kept) * nbytes(out)
+    return forward, forward + backward
+
+
+def patch_row(operation: str, shape: patches.Shape, scale: int, rates: Rates) -> dict:
     shape = dataclasses.replace(
         shape, num_bytes=shape.num_bytes // scale, num_patches=shape.num_patches // scale
     )
-    arguments = patches.make_arguments(shape)
-    ids = jnp.asarray(arguments.patch_ids)
+    a = patches.make_arguments(shape)
+    name, _, mode = operation.partition(" ")
+    if name == "patch_pool":
+        floats = (a.bytes_q.reshape(*a.patch_ids.shape, -1),)
+    elif name == "patch_attention":
+        floats = a.patches_q, a.bytes_key, a.bytes_value
+    else:
+        floats = a.bytes_q, a.patches_key, a.patches_value
+    floats = tuple(jnp.asarray(x, jnp.bfloat16) for x in floats)
+    ids = jnp.asarray(a.patch_ids)
 
-    def low(*arrays):
-        return [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    def function(*floats_and_ids):
+        if name == "patch_pool":
+            return pallas_kernels.patch_pool(*floats_and_ids, shape.num_patches, mode)
+        return getattr(pallas_kernels, name)(*floats_and_ids)
 
-    x = low(arguments.bytes_q.reshape(*ids.shape, -1))
-    encoder = low(arguments.patches_q, arguments.bytes_key, arguments.bytes_value)
-    decoder = low(arguments.bytes_q, arguments.patches_key, arguments.patches_value)
-    for mode in ("max", "mean"):
-
-        def pool(x, ids, mode=mode):
-            return pallas_kernels.patch_pool(x, ids, shape.num_patches, mode)
-
-        yield f"patch_pool {mode}", pool, x, ids
-    yield "patch_attention", pallas_kernels.patch_attention, encoder, ids
-    yield "patch_gather_attention", pallas_kernels.patch_gather_attention, decoder, ids
+    forward, training = jax.jit(function), with_gradients(function)
+    moved = traffic(PATCH_PASSES[operation], floats, jax.eval_shape(function, *floats, ids))
+    return row(
+        operation,
+        shape.name,
+        lambda: forward(*floats, ids),
+        lambda: training(floats, ids),
+        tuple(size / rates.copy for size in moved),
+    )
 
 
-def grouped_row(shape: grouped.Shape, scale: int, rate: float) -> dict:
+def grouped_row(shape: grouped.Shape, scale: int, rates: Rates) -> dict:
     shape = dataclasses.replace(shape, m=shape.m // scale, k=shape.k // scale, n=shape.n // scale)
     arguments = grouped.make_arguments(shape)
-    lhs, rhs = (jnp.asarray(x, jnp.bfloat16) for x in (arguments.lhs, arguments.rhs))
+    floats = tuple(jnp.asarray(x, jnp.bfloat16) for x in (arguments.lhs, arguments.rhs))
     sizes = jnp.asarray(arguments.group_sizes)
-    ours, ragged = with_gradients(pallas_kernels.gmm), with_gradients(jax.lax.ragged_dot)
-    floats = (lhs, rhs)
-    found = medians({"ours": lambda: ours(floats, sizes), "ragged": lambda: ragged(floats, sizes)})
-    seconds = 6 * shape.m * shape.k * shape.n / rate
-    result = row("gmm", shape.name, found["ours"], seconds)
-    return result | {"over ragged_dot": found["ragged"] / found["ours"]}
+    forward, training = jax.jit(pallas_kernels.gmm), with_gradients(pallas_kernels.gmm)
+    seconds = 2 * shape.m * shape.k * shape.n / rates.product
+    result = row(
+        "gmm",
+        shape.name,
+        lambda: forward(*floats, sizes),
+        lambda: training(floats, sizes),
+        (seconds, 3 * seconds),
+    )
+    ragged_forward, ragged = jax.jit(jax.lax.ragged_dot), with_gradients(jax.lax.ragged_dot)
+    beside = medians(
+        {
+            "forward": lambda: ragged_forward(*floats, sizes),
+            "training": lambda: ragged(floats, sizes),
+        }
+    )
+    for name, ms in beside.items():
+        result[f"{name} over ragged_dot"] = ms / result[f"{name} ms"]
+    return result
 
 
-def cema_row(shape: cema.Shape, scale: int, bandwidth: float) -> dict:
+def cema_row(shape: cema.Shape, scale: int, rates: Rates) -> dict:
     shape = dataclasses.replace(shape, length=shape.length // scale, width=shape.width // scale)
     arguments = cema.make_arguments(shape)
     x = jnp.asarray(arguments.x, jnp.bfloat16)
@@ -120,5 +193,19 @@ def cema_row(shape: cema.Shape, scale: int, bandwidth: float) -> dict:
         return pallas_kernels.cema_scan(x, *coefficients)[0]
 
     floats = (x, *coefficients)
-    seconds = traffic(scan, floats) / bandwidth
-    return row("cema_scan", shape.name, timed(scan, floats), seconds)
+    forward, training = jax.jit(scan), with_gradients(scan)
+    states = coefficients[0].shape[1]
+    # The states that are kept for gradients are float32 and those of every 256th token.
+    kept = 2 * (2 * states / 256) * 4 * x.size
+    moved, moved_in_all = traffic(Passes(True, False), floats, x)
+    arithmetic = states * x.size / rates.float32
+    return row(
+        "cema_scan",
+        shape.name,
+        lambda: forward(*floats),
+        lambda: training(floats),
+        (
+            max(moved / rates.copy, 12 * arithmetic),
+            max((moved_in_all + kept) / rates.copy, 45 * arithmetic),
+        ),
+    )

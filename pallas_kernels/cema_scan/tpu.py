@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.cema_scan.reference import Coefficients, Complex, multiply
 
 CHUNK = 256
@@ -197,7 +198,7 @@ class _Plan:
         copied = sum(_nbytes(x) for x in (*operands, *out_shape))
         if self.reset_BT is not None:
             copied += (tiles - 1) * _nbytes(operands[-1])
-        return pl.pallas_call(
+        return dispatch.pallas_call(
             kernel,
             grid=(tiles, self.rows, self.chunks),
             in_specs=in_specs,

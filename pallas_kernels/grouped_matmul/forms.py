@@ -1,11 +1,13 @@
 """The implementations by name, and the one that fits the platform."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import ragged_dot, reference, xla
-from pallas_kernels.grouped_matmul.vjp import Form
+from pallas_kernels.grouped_matmul.vjp import Form, gated
 
 KERNEL_DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
 
@@ -33,20 +35,32 @@ def _by_platform(operation: str):
     def call(lhs, other, metadata, *options) -> jax.Array:
         out_dtype, tiling = options[-2:]
         dtypes = {str(lhs.dtype), str(jnp.dtype(out_dtype))}
-        kernels = {
-            name: _bound(getattr(FORMS[name], operation), options)
+        names = [
+            name
             for name, served in KERNEL_DTYPES.items()
             if dtypes <= set(served)
             and (name == "tpu" or _gpu_serves(lhs, other, metadata, tiling))
-        }
-        portable = _bound(getattr(xla, operation), options)
-        return dispatch.by_platform(lhs, other, metadata, xla=portable, **kernels)
+        ]
+        forms = {name: _product_of(FORMS[name], operation, options) for name in ("xla", *names)}
+        return dispatch.by_platform(lhs, other, metadata, **forms)
 
     return call
 
 
-def _bound(product, options):
-    return lambda lhs, other, metadata: product(lhs, other, metadata, *options)
+def _product_of(form: Form, operation: str, options):
+    """`operation` of a form with these options, a function of (lhs, other, metadata)."""
+
+    def product(*arrays) -> jax.Array:
+        return getattr(form, operation)(*arrays, *options)
+
+    def swiglu(lhs, rhs, metadata) -> jax.Array:
+        with contextlib.suppress(NotImplementedError):  # shapes that a kernel cannot fuse
+            if form.swiglu is not None:
+                return product(lhs, rhs, metadata)
+        out_dtype, tiling = options
+        return gated(form.gmm(lhs, rhs, metadata, False, lhs.dtype, tiling)).astype(out_dtype)
+
+    return swiglu if operation == "swiglu" else product
 
 
 def _gpu_serves(lhs, other, metadata, tiling) -> bool:
@@ -66,4 +80,4 @@ FORMS = {
     "interpret": _kernels("tpu", interpret=True),
     "interpret_gpu": _kernels("gpu", interpret=True),
 }
-FORMS[None] = Form(_by_platform("gmm"), _by_platform("tgmm"))
+FORMS[None] = Form(*map(_by_platform, ("gmm", "tgmm", "swiglu")))

@@ -231,17 +231,16 @@ def _refuse(lhs, other, out_dtype, tile_rows, tiling) -> None:
     for name, given in (("lhs", lhs.dtype), ("preferred_element_type", jnp.dtype(out_dtype))):
         if given not in DTYPES:
             raise NotImplementedError(
-                f"implementation='gpu': {name} has dtype {given}; "
-                "allowed are float32, bfloat16, float16"
+                f"the GPU kernel: {name} has dtype {given}; allowed are float32, bfloat16, float16"
             )
     sizes = (tile_rows, *(tiling or ())[1:])
     if any(size < 16 or size & (size - 1) for size in sizes):
         raise NotImplementedError(
-            f"implementation='gpu': tile_rows={tile_rows}, tiling={tiling}; "
+            f"the GPU kernel: tile_rows={tile_rows}, tiling={tiling}; "
             "powers of two from 16 are needed"
         )
     if max(lhs.size, other.size) >= 2**31:
         raise NotImplementedError(
-            f"implementation='gpu' counts elements in 32 bits: the operands {lhs.shape} and "
+            f"the GPU kernel counts elements in 32 bits: the operands {lhs.shape} and "
             f"{other.shape} must each have fewer than 2**31"
         )

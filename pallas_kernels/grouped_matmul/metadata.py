@@ -77,7 +77,7 @@ def make(group_sizes, num_rows, group_offset, num_local_groups, tile_rows) -> Gr
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
     if group_offset is not None or num_local_groups != num_groups:
         first = jnp.zeros((), jnp.int32) if group_offset is None else group_offset
-        first = jnp.clip(first, 0, num_groups - num_local_groups).astype(jnp.int32)
+        first = _clipped(first, num_groups - num_local_groups)
         starts = lax.dynamic_slice_in_dim(starts, first, num_local_groups)
         ends = lax.dynamic_slice_in_dim(ends, first, num_local_groups)
     row_groups = _row_groups(starts, ends, num_rows)
@@ -126,15 +126,20 @@ def _debug_checks(group_sizes: jax.Array, num_rows: int) -> None:
 
 def _ends(group_sizes: jax.Array, num_rows: int) -> jax.Array:
     """Row behind each group; negative sizes count as 0, rows past the last are cut off."""
-    info = np.iinfo(group_sizes.dtype)
-    if info.max > num_rows:
-        group_sizes = jnp.minimum(group_sizes, np.asarray(num_rows, group_sizes.dtype))
-    if info.min < 0:
-        group_sizes = jnp.maximum(group_sizes, np.asarray(0, group_sizes.dtype))
     # Saturating, so that the sum cannot overflow.
     return lax.associative_scan(
-        lambda a, b: jnp.minimum(a + b, np.int32(num_rows)), group_sizes.astype(jnp.int32)
+        lambda a, b: jnp.minimum(a + b, np.int32(num_rows)), _clipped(group_sizes, num_rows)
     )
+
+
+def _clipped(x: jax.Array, most: int) -> jax.Array:
+    """x between 0 and `most` as int32, compared in its own dtype, narrower or wider."""
+    info = np.iinfo(x.dtype)
+    if info.max > most:
+        x = jnp.minimum(x, np.asarray(most, x.dtype))
+    if info.min < 0:
+        x = jnp.maximum(x, np.asarray(0, x.dtype))
+    return x.astype(jnp.int32)
 
 
 def _row_groups(starts: jax.Array, ends: jax.Array, num_rows: int) -> jax.Array:

@@ -89,6 +89,8 @@ def tgmm_tiles(problem: Problem) -> Tiles:
         for outer in _widths(problem.n)
         if _tgmm_memory(problem, Tiles(inner, outer, buffers)) <= VMEM_BUDGET
     ]
+    if not fitting:
+        raise _too_many_rows(problem)
     return _best(fitting, lambda t: tgmm_traffic(problem, t), problem.ideal(True))
 
 
@@ -131,8 +133,20 @@ def _split_contraction(problem: Problem) -> Tiles:
     outer = min(_round_up(problem.n, LANES), 1024)
     inner = 4096
     while _gmm_memory(problem, Tiles(inner, outer, 2)) > VMEM_BUDGET:
-        inner //= 2
+        if max(inner, outer) == LANES:
+            raise _too_many_rows(problem)
+        if inner > LANES:
+            inner //= 2
+        else:
+            outer = _round_up(outer // 2, LANES)
     return Tiles(inner, outer if outer < problem.n else problem.n, 2)
+
+
+def _too_many_rows(problem: Problem) -> NotImplementedError:
+    return NotImplementedError(
+        f"tile_rows={problem.tile_rows}: a tile of so many rows does not fit the {VMEM_BUDGET} "
+        "bytes of a TPU core; fewer are needed"
+    )
 
 
 def _widths(size: int) -> Iterator[int]:

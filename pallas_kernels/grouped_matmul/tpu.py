@@ -40,27 +40,29 @@ def swiglu(lhs, rhs, metadata: GroupMetadata, out_dtype, tiling, interpret=False
     lhs, metadata = metadata.rows_of(lhs), metadata.of_rows()
     columns = rhs.shape[2] // 2
     problem = _problem(lhs.shape, columns, metadata, lhs, out_dtype)
-    tiles = swiglu_tiles(problem) if tiling is None else _given(tiling, problem)
+    tiles = swiglu_tiles(problem, interpret) if tiling is None else _given(tiling, problem)
     if tiles.inner < problem.k or columns % tiles.outer:
         raise NotImplementedError(
-            f"implementation='tpu' with activation='swiglu' takes the whole width {problem.k} and "
+            f"the TPU kernel with activation='swiglu' takes the whole width {problem.k} and "
             f"a tile of columns that divides {columns}; tiling={tiling}"
         )
     call = functools.partial(_gmm_call, problem, tiles, False, True, out_dtype, interpret)
     return one_by_one(call)(lhs, rhs, metadata)
 
 
-def swiglu_tiles(problem: Problem) -> Tiles:
-    """Tiles whose columns divide the result's: gate and up are blocks of one array."""
+def swiglu_tiles(problem: Problem, interpret=False) -> Tiles:
+    """Tiles whose columns divide the result's: gate and up are blocks of one array, whole lanes
+    wide but in the interpreter."""
     for width in sorted(set(tiling_lib._widths(problem.n)), reverse=True):
         both = Tiles(problem.k, 2 * width, 2)
         if (
             problem.n % width == 0
+            and (interpret or width % tiling_lib.LANES == 0)
             and tiling_lib._gmm_memory(problem, both) <= tiling_lib.VMEM_BUDGET
         ):
             return Tiles(problem.k, width, 2)
     raise NotImplementedError(
-        f"implementation='tpu' with activation='swiglu': no multiple of 128 columns divides "
+        f"the TPU kernel with activation='swiglu': no multiple of 128 columns divides "
         f"{problem.n} and fits beside a width of {problem.k}"
     )
 
@@ -319,5 +321,5 @@ def _refuse_dtypes(dtype, out_dtype) -> None:
     for name, given in (("lhs", dtype), ("preferred_element_type", jnp.dtype(out_dtype))):
         if given not in DTYPES:
             raise NotImplementedError(
-                f"implementation='tpu': {name} has dtype {given}; allowed are float32, bfloat16"
+                f"the TPU kernel: {name} has dtype {given}; allowed are float32, bfloat16"
             )

@@ -109,19 +109,19 @@ def swiglu(lhs, rhs, metadata, options: Options) -> jax.Array:
     if options.form.swiglu is not None:
         return options.form.swiglu(lhs, rhs, metadata, options.out_dtype, options.tiling)
     hidden = gmm(lhs, rhs, metadata, dataclasses.replace(options, out_dtype=lhs.dtype))
-    return _gated(hidden).astype(options.out_dtype)
+    return gated(hidden).astype(options.out_dtype)
 
 
 def _swiglu_forward(lhs, rhs, metadata, options):
     # The pre-activations are kept, so that the backward pass repeats no product.
     unfused = dataclasses.replace(options, out_dtype=lhs.dtype)
     hidden = checkpoint_name(gmm(lhs, rhs, metadata, unfused), "gmm")
-    return _gated(hidden).astype(options.out_dtype), (lhs, rhs, metadata, hidden)
+    return gated(hidden).astype(options.out_dtype), (lhs, rhs, metadata, hidden)
 
 
 def _swiglu_backward(options, residuals, g):
     lhs, rhs, metadata, hidden = residuals
-    _, vjp = jax.vjp(_gated, hidden)
+    _, vjp = jax.vjp(gated, hidden)
     (d_hidden,) = vjp(g.astype(hidden.dtype))
     unfused = dataclasses.replace(options, out_dtype=lhs.dtype)
     return _gmm_backward(unfused, (lhs, rhs, metadata), d_hidden)
@@ -130,6 +130,7 @@ def _swiglu_backward(options, residuals, g):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _gated(hidden: jax.Array) -> jax.Array:
+def gated(hidden: jax.Array) -> jax.Array:
+    """silu(gate) * up of [gate | up]."""
     gate, up = jnp.split(hidden.astype(accumulator(hidden.dtype)), 2, axis=1)
     return (jax.nn.silu(gate) * up).astype(hidden.dtype)

@@ -7,11 +7,13 @@ valid ids: for ids that decrease every form but "reference" gives wrong results,
 of values would be an effect, which `jax.export` cannot save). An id of -1 or of P and above marks a
 byte that is ignored: its result is 0, and so is its gradient. An empty patch has the result 0 and
 the gradient 0. Patches have any length.
-Gradients are defined for the floating-point arguments, in reverse mode.
+Gradients are defined for the floating-point arguments, in reverse mode; derivatives of higher
+order by None, "xla" and "reference".
 
 Ignored bytes may hold anything. A NaN or infinity elsewhere reaches only what sees it in "xla" and
 "gpu". On TPU (and in "interpret") it may reach other patches and bytes of its tile, whose sums are
 products with the tile's 0/1 mask on the matrix unit, in attention of "reference" its whole row.
+Extremes on TPU take numbers from 2**127 in magnitude for infinite.
 
 implementation: None (by platform), "reference", "xla", "tpu", "gpu" or "interpret" (the TPU kernel
 in the Pallas interpreter). The kernels serve float32 and bfloat16, "gpu" also float16; for other
@@ -22,6 +24,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
@@ -140,8 +143,14 @@ def _attention_arguments(arrays, key_shape, ids, sizes, scale, window):
     if (segment_ids is None) != (patch_segment_ids is None):
         raise ValueError("segment_ids and patch_segment_ids are given both or neither")
     if segment_ids is not None:
-        segment_ids = _integers("segment_ids", segment_ids, (rows, num_bytes))
-        patch_segment_ids = _integers("patch_segment_ids", patch_segment_ids, (rows, num_patches))
+        segment_ids = integers("segment_ids", segment_ids)
+        patch_segment_ids = integers("patch_segment_ids", patch_segment_ids)
+        of_shape("segment_ids", segment_ids, (rows, num_bytes))
+        of_shape("patch_segment_ids", patch_segment_ids, (rows, num_patches))
+        wide = max(segment_ids.dtype.itemsize, patch_segment_ids.dtype.itemsize) > 4
+        segment_ids, patch_segment_ids = (
+            x.astype(jnp.int64 if wide else jnp.int32) for x in (segment_ids, patch_segment_ids)
+        )
     return q, key, value, patch_ids, segment_ids, patch_segment_ids, scale, window
 
 

@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.patch_pool.rows import tie_dtype
+
 CHUNK = 8
 POOL_LANES = 1024
 ATTENTION_LANES = 256
@@ -83,7 +85,8 @@ def pool_forward(x_BTD, rows, num_patches, mode, interpret=False):
     block = _pool_block(width)
     out = jax.ShapeDtypeStruct((batch, num_patches, width), x_BTD.dtype)
     count = jax.ShapeDtypeStruct((batch, num_patches), jnp.float32)
-    results = {"sum": [out], "mean": [out, count], "max": [out, out], "min": [out, out]}[mode]
+    ties = jax.ShapeDtypeStruct(out.shape, tie_dtype(out.dtype))
+    results = {"sum": [out], "mean": [out, count], "max": [out, ties], "min": [out, ties]}[mode]
     found = _call(
         functools.partial(_pool_forward_kernel, width=width, block=block, mode=mode),
         (num_patches, pl.cdiv(width, block), batch),
@@ -260,6 +263,11 @@ class _Block:
         at = ref.at[(self.row, *indices)]
         plgpu.store(at, x.astype(ref.dtype), mask=mask & spread(rows_ok_c, 0))
 
+    def store_seen(self, ref, byte_c, end, seen_c, x_chk):
+        """x at the bytes that are seen; 0 at the others, whatever their patch holds."""
+        seen_chk = jnp.broadcast_to(seen_c[:, None, None], x_chk.shape)
+        self.store_bytes(ref, byte_c, byte_c < end, jnp.where(seen_chk, x_chk, 0.0))
+
 
 def _scores(bytes_chk, vector_hk) -> jax.Array:
     """[c, h]"""
@@ -394,11 +402,12 @@ def _patch_backward_kernel(
             weight_ch = jnp.where(seen_ch, jnp.exp(score_ch - _rows_of(lse_h, score_ch)), 0.0)
             d_weight_ch = _scores(value_chk, g_hk)
             d_score_ch = weight_ch * (d_weight_ch - _rows_of(mean_h, score_ch)) * scale
+            d_score_ch = jnp.where(seen_ch, d_score_ch, 0.0)
             found.append(d_q_hk + _weighted(d_score_ch, key_chk).sum(axis=0))
             d_key_chk += _weighted(d_score_ch, q_hk)
             d_value_chk += _weighted(weight_ch, g_hk)
-        block.store_bytes(d_key_ref, byte_c, byte_c < end, d_key_chk)
-        block.store_bytes(d_value_ref, byte_c, byte_c < end, d_value_chk)
+        block.store_seen(d_key_ref, byte_c, end, seen_c, d_key_chk)
+        block.store_seen(d_value_ref, byte_c, end, seen_c, d_value_chk)
         return tuple(found)
 
     zeros = tuple(jnp.zeros(block.shape, jnp.float32) for _ in range(vectors))
@@ -443,7 +452,7 @@ def _gather_forward_kernel(
         for weight_ch, value_hk in zip(weights, values, strict=True):
             out_chk += _weighted(jnp.where(seen_ch, weight_ch / total_ch, 0.0), value_hk)
         lse_ch = jnp.where(seen_ch, max_ch + jnp.log(total_ch), -jnp.inf)
-        block.store_bytes(out_ref, byte_c, byte_c < end, out_chk)
+        block.store_seen(out_ref, byte_c, end, seen_c, out_chk)
         block.store_bytes(lse_ref, byte_c, byte_c < end, lse_ch, with_lanes=False)
         return carry
 
@@ -487,10 +496,11 @@ def _gather_backward_kernel(
             score_ch = _scores(q_chk, key_hk) * scale
             weight_ch = jnp.where(seen_ch, jnp.exp(score_ch - lse_ch), 0.0)
             d_score_ch = weight_ch * (_scores(g_chk, value_hk) - mean_ch) * scale
+            d_score_ch = jnp.where(seen_ch, d_score_ch, 0.0)
             d_q_chk += _weighted(d_score_ch, key_hk)
             d_key_hk += _weighted(d_score_ch, q_chk).sum(axis=0)
             found.append((d_key_hk, d_value_hk + _weighted(weight_ch, g_chk).sum(axis=0)))
-        block.store_bytes(d_q_ref, byte_c, byte_c < end, d_q_chk)
+        block.store_seen(d_q_ref, byte_c, end, seen_c, d_q_chk)
         return tuple(found)
 
     zeros = jnp.zeros(block.shape, jnp.float32)

@@ -37,3 +37,15 @@ def take(x_BP: jax.Array, rows_BT: jax.Array) -> jax.Array:
         return x_P.at[rows_T].get(indices_are_sorted=True, mode="promise_in_bounds")
 
     return jax.vmap(take_row)(x_BP, rows_BT)
+
+
+def tie_dtype(dtype) -> jnp.dtype:
+    """The dtype of how many bytes share an extreme: float16 ends at 65,504."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
+
+
+def shared(g_BPX: jax.Array, weight_BPX: jax.Array) -> jax.Array:
+    """The part of g that each of `weight` bytes gets, in g's dtype."""
+    wide = tie_dtype(g_BPX.dtype)
+    weight_BPX = jnp.maximum(weight_BPX, jnp.ones((), weight_BPX.dtype)).astype(wide)
+    return (g_BPX.astype(wide) / weight_BPX).astype(g_BPX.dtype)

@@ -24,12 +24,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import dispatch
+from pallas_kernels.patch_pool.rows import shared
+
 LANES = 128
 TILE_BYTES = 256
 POOL_TILE_PATCHES = 128
 ATTENTION_TILE_PATCHES = 64
 TILE_WIDTH = 2048
 VMEM_LIMIT = 64 * 2**20
+VMEM_BUDGET = 56 * 2**20  # for blocks and sums; what is computed inside of a tile needs the rest
+LEAST_TILE_BYTES, LEAST_TILE_PATCHES = 128, 8
 LOWEST = -(2.0**127)
 """Stands for -inf in maxima: finite, so that 0 * LOWEST is 0, and exact in bfloat16."""
 
@@ -69,6 +74,22 @@ def _tiles(num_bytes: int, num_patches: int, tile_patches: int) -> Tiles:
     return Tiles(num_bytes, num_patches, tile_bytes, min(tile_patches, num_patches))
 
 
+def _attention_tiles(num_bytes: int, num_patches: int, of_byte: int, of_patch: int) -> Tiles:
+    """Tiles whose blocks fit the core's memory: of_byte and of_patch are the bytes that a byte and
+    a patch take of it, in all blocks (two buffers each) and sums."""
+    tiles = _tiles(num_bytes, num_patches, ATTENTION_TILE_PATCHES)
+    tile_bytes, tile_patches = tiles.tile_bytes, tiles.tile_patches
+    while tile_bytes * of_byte + tile_patches * of_patch > VMEM_BUDGET:
+        for_bytes = tile_bytes * of_byte > tile_patches * of_patch
+        if tile_bytes > LEAST_TILE_BYTES and (for_bytes or tile_patches <= LEAST_TILE_PATCHES):
+            tile_bytes = LEAST_TILE_BYTES
+        elif tile_patches > LEAST_TILE_PATCHES:
+            tile_patches = max(tile_patches // 16 * 8, LEAST_TILE_PATCHES)
+        else:
+            break
+    return dataclasses.replace(tiles, tile_bytes=tile_bytes, tile_patches=tile_patches)
+
+
 def tile_path(rows_BT: jax.Array, seen_BT: jax.Array, tiles: Tiles) -> jax.Array:
     """The (byte tile, patch tile) of every step: int32[2, B, steps], neither ever decreasing.
 
@@ -105,10 +126,21 @@ class Step:
 def _step(path_ref) -> Step:
     row, step, end = pl.program_id(0), pl.program_id(2), pl.num_programs(2) - 1
     before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, end)
-    tile = [path_ref[side, row, step] for side in range(2)]
-    first = [(step == 0) | (tile[side] != path_ref[side, row, before]) for side in range(2)]
-    last = [(step == end) | (tile[side] != path_ref[side, row, after]) for side in range(2)]
+
+    def tiles(step):
+        shape = pl.num_programs(0), pl.num_programs(2)
+        return [path_ref[_place_on_path(side, row, step, shape)] for side in range(2)]
+
+    tile = tiles(step)
+    first = [(step == 0) | (here != there) for here, there in zip(tile, tiles(before), strict=True)]
+    last = [(step == end) | (here != there) for here, there in zip(tile, tiles(after), strict=True)]
     return Step(*tile, *first, *last)
+
+
+def _place_on_path(side: int, row, step, shape):
+    """Index into the path as it is prefetched, flat: the last axis of an array of scalars takes
+    whole lanes, of which short rows would waste most. shape: rows, steps."""
+    return (side * shape[0] + row) * shape[1] + step
 
 
 def _walk(
@@ -129,11 +161,12 @@ def _walk(
     operands are pairs (side, array), results (side, ShapeDtypeStruct). Arrays of side "bytes" and
     "patches" are [B, T or P, X] and cut into tiles of `tile_width` of X (a grid axis between rows
     and steps), those of side "byte_columns" and "patch_columns" [B, X, T or P] and whole in X.
-    more_scalars map the padded rows to further prefetched arrays. codes hold the row of a seen byte
-    and -1 - row of another. flops: those of one step.
+    more_scalars map the padded rows to further arrays, prefetched flat. codes hold the row of a
+    seen byte and -1 - row of another. flops: those of one step.
     """
     rows_BT, seen_BT = _padded(*rows, tiles)
     scalars = [tile_path(rows_BT, seen_BT, tiles), *(make(rows_BT) for make in more_scalars)]
+    scalars = [x.reshape(-1) for x in scalars]
     operands = [("byte_columns", jnp.where(seen_BT, rows_BT, -1 - rows_BT)[:, None]), *operands]
     both = [*operands, *results]
     width = max((x.shape[2] for side, x in both if side in ("bytes", "patches")), default=1)
@@ -142,16 +175,20 @@ def _walk(
 
     def spec(side, x):
         axis, length = (0, tiles.tile_bytes) if "byte" in side else (1, tiles.tile_patches)
+
+        def tile(b, s, path):
+            return path[_place_on_path(axis, b, s, (grid[0], grid[2]))]
+
         if side.endswith("columns"):
             block = (None, x.shape[1], length)
-            return pl.BlockSpec(block, lambda b, d, s, path, *_: (b, 0, path[axis, b, s]))
+            return pl.BlockSpec(block, lambda b, d, s, path, *_: (b, 0, tile(b, s, path)))
         block = (None, length, x.shape[2] if width_tiles == 1 else tile_width)
-        return pl.BlockSpec(block, lambda b, d, s, path, *_: (b, path[axis, b, s], d))
+        return pl.BlockSpec(block, lambda b, d, s, path, *_: (b, tile(b, s, path), d))
 
     copied = sum(_nbytes(x) for x in scalars)
     for side, x in both:
         copied += _nbytes(x) * (width_tiles if side.endswith("columns") else 1)
-    return pl.pallas_call(
+    return dispatch.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -312,7 +349,7 @@ def _extreme_kernel(
 
     x_tD = jnp.clip(x_ref[...].astype(jnp.float32) * sign, LOWEST, -LOWEST)
     x_tD = jnp.where(codes_t1 >= 0, x_tD, LOWEST)
-    doublings = doublings_ref[pl.program_id(0), step.byte_tile]
+    doublings = doublings_ref[pl.program_id(0) * tiles.byte_tiles + step.byte_tile]
     run_tD = _run_maxima(x_tD, _rows(codes_t1), doublings)
 
     # Of every run only its last byte, which holds the maximum, enters the product.
@@ -361,7 +398,7 @@ def pool_backward(x_BTD, out_BPD, weight, g_BPD, rows, mode, interpret=False):
     num_bytes = rows[0].shape[1]
     tiles = _tiles(num_bytes, num_patches, POOL_TILE_PATCHES)
     if mode == "mean":
-        g_BPD = g_BPD / jnp.maximum(weight, 1.0)[..., None].astype(g_BPD.dtype)
+        g_BPD = shared(g_BPD, weight[..., None])
     operands = [("patches", g_BPD)]
     if mode in ("max", "min"):
         operands += [("bytes", x_BTD), ("patches", out_BPD), ("patches", weight)]
@@ -469,6 +506,11 @@ def _like(side: str, x_BXY, dtype=None):
     return side, jax.ShapeDtypeStruct(x_BXY.shape, dtype or x_BXY.dtype)
 
 
+def _in_memory(x_BXY, blocks, sums=0) -> int:
+    """Bytes that a row of width Y takes in blocks of these dtypes, two buffers each, and sums."""
+    return x_BXY.shape[2] * (2 * sum(jnp.dtype(d).itemsize for d in blocks) + 4 * sums)
+
+
 def _score_flops(tiles: Tiles, heads: Heads, products: int) -> int:
     lanes = heads.vectors * heads.heads * heads.head_dim
     return 2 * products * tiles.tile_bytes * tiles.tile_patches * lanes
@@ -480,7 +522,9 @@ def patch_forward(q_BPQHK, key_BTHK, value_BTHK, rows, scale, dtype, interpret=F
     q, key, value = map(_flat, (q_BPQHK, key_BTHK, value_BTHK))
     batch, num_patches, *of_vectors = q_BPQHK.shape
     heads = Heads(*of_vectors)
-    tiles = _tiles(key.shape[1], num_patches, ATTENTION_TILE_PATCHES)
+    of_byte = _in_memory(key, (key.dtype, value.dtype))
+    of_patch = _in_memory(q, (q.dtype, dtype), sums=1)
+    tiles = _attention_tiles(key.shape[1], num_patches, of_byte, of_patch)
     columns = heads.vectors * heads.heads
     statistics = ("patches", jax.ShapeDtypeStruct((batch, num_patches, columns), jnp.float32))
     out, lse = _walk(
@@ -555,7 +599,9 @@ def patch_backward(
     q, key, value, out, g = map(_flat, (q_BPQHK, key_BTHK, value_BTHK, out_BPQHK, g_BPQHK))
     lse = lse_BPQH.reshape(*lse_BPQH.shape[:2], -1)
     heads = Heads(*q_BPQHK.shape[2:])
-    tiles = _tiles(key.shape[1], q.shape[1], ATTENTION_TILE_PATCHES)
+    of_byte = _in_memory(key, (key.dtype, value.dtype, dtype, dtype), sums=2)
+    of_patch = _in_memory(q, (q.dtype, out.dtype, g.dtype, dtype), sums=1)
+    tiles = _attention_tiles(key.shape[1], q.shape[1], of_byte, of_patch)
     of_bytes = (tiles.tile_bytes, key.shape[2])
     d_q, d_key, d_value = _walk(
         functools.partial(_patch_backward_kernel, tiles=tiles, heads=heads, scale=scale),
@@ -635,7 +681,9 @@ def gather_forward(q_BTHK, key_BPQHK, value_BPQHK, rows, scale, dtype, interpret
     the latter is -inf where nothing is seen."""
     q, key, value = map(_flat, (q_BTHK, key_BPQHK, value_BPQHK))
     heads = Heads(*key_BPQHK.shape[2:])
-    tiles = _tiles(q.shape[1], key.shape[1], ATTENTION_TILE_PATCHES)
+    of_byte = _in_memory(q, (q.dtype, dtype))
+    of_patch = _in_memory(key, (key.dtype, value.dtype))
+    tiles = _attention_tiles(q.shape[1], key.shape[1], of_byte, of_patch)
     padded = tiles.byte_tiles * tiles.tile_bytes
     statistics = jax.ShapeDtypeStruct((q.shape[0], heads.heads, padded), jnp.float32)
     out, lse_BHT = _walk(
@@ -697,7 +745,9 @@ def gather_backward(
     """dq, dkey, dvalue of patch_gather_attention in `dtype`."""
     q, key, value, out, g = map(_flat, (q_BTHK, key_BPQHK, value_BPQHK, out_BTHK, g_BTHK))
     heads = Heads(*key_BPQHK.shape[2:])
-    tiles = _tiles(q.shape[1], key.shape[1], ATTENTION_TILE_PATCHES)
+    of_byte = _in_memory(q, (q.dtype, out.dtype, g.dtype, dtype))
+    of_patch = _in_memory(key, (key.dtype, value.dtype, dtype, dtype), sums=2)
+    tiles = _attention_tiles(q.shape[1], key.shape[1], of_byte, of_patch)
     of_patches = (tiles.tile_patches, key.shape[2])
     rest = tiles.byte_tiles * tiles.tile_bytes - tiles.num_bytes
     lse = ("byte_columns", jnp.pad(lse_BTH.swapaxes(1, 2), ((0, 0), (0, 0), (0, rest))))

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.patch_pool.rows import shifted_rows, take
+from pallas_kernels.patch_pool.rows import shared, shifted_rows, take, tie_dtype
 
 
 def pool_forward(x_BTD, rows, num_patches: int, mode: str):
     """Pooled [B, P, D], and what the gradient needs: the number of bytes of every patch, float
-    [B, P], of a mean; how many of them share an extreme, [B, P, D] in x's dtype; None of a sum."""
+    [B, P], of a mean; how many share an extreme, [B, P, D] in `tie_dtype`; None of a sum."""
     rows_BT, seen_BT = rows
     if mode in ("max", "min"):
         return _extreme(x_BTD, rows_BT, seen_BT, num_patches, 1 if mode == "max" else -1)
@@ -37,7 +37,7 @@ def _extreme(x_BTD, rows_BT, seen_BT, num_patches, sign):
     best_BPD = jnp.where(some_BP[..., None], best_BPD, 0.0)
     reached_BTD = (x_BTD == take(best_BPD, rows_BT)) & seen_BT[..., None]
     ties_BPD = _segment_sum(reached_BTD.astype(jnp.float32), rows_BT, num_patches)
-    return best_BPD, ties_BPD.astype(x_BTD.dtype)
+    return best_BPD, ties_BPD.astype(tie_dtype(x_BTD.dtype))
 
 
 def pool_backward(x_BTD, out_BPD, weight, g_BPD, rows, mode: str) -> jax.Array:
@@ -48,7 +48,7 @@ def pool_backward(x_BTD, out_BPD, weight, g_BPD, rows, mode: str) -> jax.Array:
         kept_BTD &= x_BTD == take(out_BPD, rows_BT)
     if weight is not None:
         weight_BPD = weight if weight.ndim == 3 else weight[..., None]
-        g_BPD = g_BPD / jnp.maximum(weight_BPD, 1.0).astype(g_BPD.dtype)
+        g_BPD = shared(g_BPD, weight_BPD)
     return jnp.where(kept_BTD, take(g_BPD, rows_BT), 0.0)
 
 
@@ -112,16 +112,23 @@ def _finish(statistics):
     return values / total[..., None], maximum + jnp.log(total)
 
 
+def _take_seen(x_BPQHK, rows_BT, seen_BT11) -> jax.Array:
+    """What each byte's patch holds, [B, T, Q, H, K] in the dtype of sums; 0 where none is seen."""
+    x_BTQHK = take(x_BPQHK, rows_BT).astype(_accumulator(x_BPQHK))
+    return jnp.where(seen_BT11[..., None], x_BTQHK, 0.0)
+
+
 # Patches attend to bytes.
 
 
 def _patch_scores(q_BPQHK, key_BTHK, rows, segments, scale, shift):
-    """The patch `shift` after each byte's own: its row, visibility, queries, scores."""
+    """The patch `shift` after each byte's own: its row, visibility, queries, and the scores, -inf
+    where it is not seen."""
     rows_BT, seen_BT = shifted_rows(*rows, shift, q_BPQHK.shape[1], *segments)
     seen_BT11 = seen_BT[:, :, None, None]
-    q_BTQHK = take(q_BPQHK, rows_BT).astype(_accumulator(q_BPQHK))
+    q_BTQHK = _take_seen(q_BPQHK, rows_BT, seen_BT11)
     score_BTQH = (q_BTQHK * key_BTHK[:, :, None].astype(q_BTQHK.dtype)).sum(-1) * scale
-    return rows_BT, seen_BT11, q_BTQHK, score_BTQH
+    return rows_BT, seen_BT11, q_BTQHK, jnp.where(seen_BT11, score_BTQH, -jnp.inf)
 
 
 def patch_forward(q_BPQHK, key_BTHK, value_BTHK, rows, segments, scale, window):
@@ -132,7 +139,6 @@ def patch_forward(q_BPQHK, key_BTHK, value_BTHK, rows, segments, scale, window):
         rows_BT, seen_BT11, _, score_BTQH = _patch_scores(
             q_BPQHK, key_BTHK, rows, segments, scale, shift
         )
-        score_BTQH = jnp.where(seen_BT11, score_BTQH, -jnp.inf)
         m_BPQH = _segment_max(score_BTQH, rows_BT, num_patches)
         weight_BTQH = jnp.exp(score_BTQH - take(_finite(m_BPQH), rows_BT))
         value_BT1HK = value_BTHK[:, :, None].astype(weight_BTQH.dtype)
@@ -161,8 +167,9 @@ def patch_backward(
         rows_BT, seen_BT11, q_BTQHK, score_BTQH = _patch_scores(
             q_BPQHK, key_BTHK, rows, segments, scale, shift
         )
-        weight_BTQH = jnp.where(seen_BT11, jnp.exp(score_BTQH - take(lse_BPQH, rows_BT)), 0.0)
-        g_BTQHK = take(g_BPQHK, rows_BT).astype(dtype)
+        lse_BTQH = take(_finite(lse_BPQH), rows_BT)
+        weight_BTQH = jnp.where(seen_BT11, jnp.exp(score_BTQH - lse_BTQH), 0.0)
+        g_BTQHK = _take_seen(g_BPQHK, rows_BT, seen_BT11).astype(dtype)
         d_weight_BTQH = (g_BTQHK * value_BT1HK).sum(-1)
         d_score_BTQH = weight_BTQH * (d_weight_BTQH - take(mean_BPQH, rows_BT)) * scale
         d_score_BTQH1 = jnp.where(seen_BT11, d_score_BTQH, 0.0)[..., None]
@@ -181,12 +188,13 @@ def patch_backward(
 
 
 def _gather_scores(q_BTHK, key_BPQHK, rows, segments, scale, shift):
-    """The patch `shift` before each byte's own: its row, visibility, keys, scores."""
+    """The patch `shift` before each byte's own: its row, visibility, keys, and the scores, -inf
+    where it is not seen."""
     rows_BT, seen_BT = shifted_rows(*rows, -shift, key_BPQHK.shape[1], *segments)
     seen_BT11 = seen_BT[:, :, None, None]
-    key_BTQHK = take(key_BPQHK, rows_BT).astype(_accumulator(q_BTHK))
+    key_BTQHK = _take_seen(key_BPQHK, rows_BT, seen_BT11)
     score_BTQH = (q_BTHK[:, :, None].astype(key_BTQHK.dtype) * key_BTQHK).sum(-1) * scale
-    return rows_BT, seen_BT11, key_BTQHK, score_BTQH
+    return rows_BT, seen_BT11, key_BTQHK, jnp.where(seen_BT11, score_BTQH, -jnp.inf)
 
 
 def gather_forward(q_BTHK, key_BPQHK, value_BPQHK, rows, segments, scale, window):
@@ -196,10 +204,9 @@ def gather_forward(q_BTHK, key_BPQHK, value_BPQHK, rows, segments, scale, window
         rows_BT, seen_BT11, _, score_BTQH = _gather_scores(
             q_BTHK, key_BPQHK, rows, segments, scale, shift
         )
-        score_BTQH = jnp.where(seen_BT11, score_BTQH, -jnp.inf)
         m_BTH = score_BTQH.max(2)
         weight_BTQH = jnp.exp(score_BTQH - _finite(m_BTH)[:, :, None])
-        value_BTQHK = take(value_BPQHK, rows_BT).astype(weight_BTQH.dtype)
+        value_BTQHK = _take_seen(value_BPQHK, rows_BT, seen_BT11)
         return m_BTH, weight_BTQH.sum(2), (weight_BTQH[..., None] * value_BTQHK).sum(2)
 
     out, lse_BTH = _finish(_over_window(window, step, _combine_statistics))
@@ -215,14 +222,15 @@ def gather_backward(
     q_BT1HK = q_BTHK[:, :, None].astype(dtype)
     g_BT1HK = g_BTHK[:, :, None].astype(dtype)
     mean_BT1H = (g_BT1HK * out_BTHK[:, :, None].astype(dtype)).sum(-1)
-    lse_BT1H = lse_BTH[:, :, None]
+    lse_BT1H = _finite(lse_BTH)[:, :, None]
 
     def step(shift):
         rows_BT, seen_BT11, key_BTQHK, score_BTQH = _gather_scores(
             q_BTHK, key_BPQHK, rows, segments, scale, shift
         )
         weight_BTQH = jnp.where(seen_BT11, jnp.exp(score_BTQH - lse_BT1H), 0.0)
-        d_weight_BTQH = (g_BT1HK * take(value_BPQHK, rows_BT).astype(dtype)).sum(-1)
+        value_BTQHK = _take_seen(value_BPQHK, rows_BT, seen_BT11)
+        d_weight_BTQH = (g_BT1HK * value_BTQHK).sum(-1)
         d_score_BTQH = jnp.where(seen_BT11, weight_BTQH * (d_weight_BTQH - mean_BT1H), 0.0)
         d_score_BTQH1 = (d_score_BTQH * scale)[..., None]
         # An ignored byte may hold anything: nothing of it reaches the patches.

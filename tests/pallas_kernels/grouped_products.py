@@ -16,6 +16,7 @@ import pallas_kernels
 from pallas_kernels.grouped_matmul.shapes import SHAPES, Shape, Sizes, make_arguments
 
 BY_NAME = {shape.name: shape for shape in SHAPES}
+HALF_PRECISION = {"bfloat16": 2e-2, "float16": 2e-3}
 all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=list(BY_NAME))
 
 
@@ -110,6 +111,7 @@ class GroupedProducts:
     """All that an implementation must do; a subclass names one."""
 
     implementation: str
+    half_precision = ("bfloat16", "float16")
 
     @all_shapes
     def test_values_and_gradients(self, shape):
@@ -222,20 +224,16 @@ class GroupedProducts:
         found = products(shape, self.implementation)(*arrays_of(a))
         assert_all_close(found, numpy_truth(shape, a), 1e-5)
 
-    def test_bfloat16(self):
+    def test_half_precision(self):
         shape = BY_NAME["many_tiles"]
         a = make_arguments(shape)
-
-        def rounded(x):
-            return np.asarray(jnp.asarray(x, jnp.bfloat16))
-
-        low = [rounded(x) for x in (a.lhs, a.rhs, a.dout)]
-        found = products(shape, self.implementation)(*low, a.group_sizes)
-        assert all(x.dtype == jnp.bfloat16 for x in found)
-        wide = dataclasses.replace(
-            a, **dict(zip(("lhs", "rhs", "dout"), (x.astype(np.float32) for x in low), strict=True))
-        )
-        assert_all_close(found, numpy_truth(shape, wide), 2e-2)
+        for dtype in self.half_precision:
+            low = {k: jnp.asarray(getattr(a, k), dtype) for k in ("lhs", "rhs", "dout")}
+            found = products(shape, self.implementation)(*low.values(), a.group_sizes)
+            assert all(x.dtype == dtype for x in found)
+            wide = {k: np.asarray(x, np.float32) for k, x in low.items()}
+            truth = numpy_truth(shape, dataclasses.replace(a, **wide))
+            assert_all_close(found, truth, HALF_PRECISION[dtype])
 
     def test_bfloat16_is_summed_in_float32(self):
         # 4096 products of 1 are 4096 exactly; a bfloat16 sum would stop at 256.

@@ -1,5 +1,6 @@
 """What every implementation of the patch operations must do: oracles and shared test classes."""
 
+import dataclasses
 import functools
 import types
 
@@ -18,6 +19,7 @@ from pallas_kernels.patch_pool.shapes import SHAPES, Shape, make_arguments
 
 MODES = ("max", "mean", "sum", "min")
 BY_NAME = {shape.name: shape for shape in SHAPES}
+HALF_PRECISION = {"bfloat16": 2e-2, "float16": 2e-3}
 
 
 # numpy in float64, one group at a time.
@@ -232,6 +234,8 @@ drawn = settings(
 class PatchOperations(Values):
     """All that an implementation beside the reference must do."""
 
+    half_precision = ("bfloat16",)
+
     def test_gradients(self, shape):
         arguments = make_arguments(shape)
         assert_all_close(self.run(shape, arguments), self.reference(shape, arguments), 1e-5)
@@ -277,15 +281,16 @@ class PatchOperations(Values):
             assert_all_close(found, self.reference(shape, apart), 1e-5)
 
     @pytest.mark.parametrize("name", ["ignored", "segments"])
-    def test_bfloat16(self, name):
+    def test_half_precision(self, name):
         shape = BY_NAME[name]
         arguments = make_arguments(shape)
-        found = self.run(shape, arguments, lambda x: jnp.asarray(x, jnp.bfloat16))
-        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found))
-        rounded = self.reference(
-            shape, arguments, lambda x: jnp.asarray(x, jnp.bfloat16).astype("float32")
-        )
-        assert_all_close(found, rounded, 2e-2)
+        for dtype in self.half_precision:
+            found = self.run(shape, arguments, lambda x, d=dtype: jnp.asarray(x, d))
+            assert all(x.dtype == dtype for x in jax.tree.leaves(found))
+            rounded = self.reference(
+                shape, arguments, lambda x, d=dtype: jnp.asarray(x, d).astype("float32")
+            )
+            assert_all_close(found, rounded, HALF_PRECISION[dtype])
 
     def test_ignored_bytes_may_hold_anything(self):
         shape = BY_NAME["ignored"]
@@ -315,6 +320,41 @@ class PatchOperations(Values):
         with jax.set_mesh(mesh):
             found = self.run(shape, types.SimpleNamespace(**placed))
         assert_all_close(found, self.reference(shape, arguments), 1e-5)
+
+
+class Isolated:
+    """For implementations in which NaN and infinity reach only what sees them."""
+
+    implementation: str
+
+    @pytest.mark.parametrize("window", [1, 2])
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_a_patch_reaches_only_its_bytes(self, bad, window):
+        shape = dataclasses.replace(BY_NAME["ignored"], window=window)
+        arguments = make_arguments(shape)
+        own = arguments.patch_ids
+        ignored = (own < 0) | (own >= shape.num_patches)
+        assert ignored.any()
+        for x in (arguments.patches_q, arguments.patches_key, arguments.patches_value):
+            x[:, 0] = bad  # whose row also leading ignored bytes borrow
+        for function, arrays in operations_of(shape, arguments, self.implementation):
+            out, vjp = jax.vjp(function, *arrays)
+            d_out = np.ones(out.shape, np.float32)
+            if out.shape[1] == shape.num_patches:
+                d_out[:, 0] = bad
+            for x in (out, *vjp(jnp.asarray(d_out))):
+                if x.shape[1] == shape.num_bytes:
+                    assert not np.asarray(x)[ignored].any()
+                else:
+                    assert np.isfinite(np.asarray(x)[:, window:]).all()
+
+    def test_many_ties_in_float16(self):
+        x, ids = jnp.ones((1, 70_000, 1), jnp.float16), np.zeros((1, 70_000), np.int32)
+        for mode in ("max", "mean"):
+            gradient = jax.grad(
+                lambda x, m=mode: pallas_kernels.patch_pool(x, ids, 1, m, self.implementation).sum()
+            )(x)
+            np.testing.assert_allclose(gradient.astype(jnp.float32), 1 / 70_000, rtol=2e-3)
 
 
 class Kernels(PatchOperations):

@@ -504,6 +504,31 @@ def test_tpu_compile(chip, shape):
     assert "cema_scan_forward" in text and "cema_scan_backward" in text
 
 
+def test_kernels_compile_for_tpu_with_64_bit_integers():
+    with jax.enable_x64(True):
+        evidence.compile_for_tpu(gradients_of("tpu"), structs_of(BY_NAME["resets"]))
+
+
+def test_second_order():
+    """Gradients of gradients of the default and the portable form beside the reference's."""
+    arguments = make_arguments(BY_NAME["odd"])
+    floats = arguments.x, arguments.coefficients, arguments.state
+
+    def second(implementation):
+        function = function_of(arguments, implementation)
+
+        def along(*floats):
+            out, vjp = jax.vjp(function, *floats)
+            products = jax.tree.map(lambda g, x: (g * jnp.sin(x)).sum(), vjp(out), floats)
+            return sum(jax.tree.leaves(products))
+
+        return jax.jit(jax.grad(along, (0, 1, 2)))(*floats)
+
+    expected = second("reference")
+    for implementation in (None, "xla"):
+        assert_all_close(second(implementation), expected, 1e-4)
+
+
 @pytest.mark.parametrize("shape", SHAPES + DEVICE_SHAPES, ids=lambda shape: shape.name)
 def test_cuda_lowering(shape):
     """One kernel where a call is a single segment of time, two where phases are needed."""

@@ -66,6 +66,22 @@ def test_vmap_of_some_arguments():
     np.testing.assert_array_equal(found, jnp.stack([X * X, 2 * X * X], 1))
 
 
+def test_eager_calls_ask_where_the_arrays_are(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    np.testing.assert_array_equal(chosen(jnp.asarray(X), tpu=refuses), 2.0 * X)
+    with pytest.raises(AssertionError, match="was traced"):
+        chosen(X, tpu=refuses)  # of numpy: where the default backend is
+
+
+def test_derivatives_are_those_of_the_portable_form():
+    def function(x):
+        return chosen(x, tpu=refuses).sum()
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(function))(X), 2.0 * np.ones_like(X))
+    value, tangent = jax.jvp(function, (X,), (np.ones_like(X),))
+    assert (value, tangent) == (2.0 * X.sum(), 2.0 * X.size)
+
+
 def test_inside_shard_map():
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     rows = jax.sharding.PartitionSpec("data")

@@ -43,6 +43,24 @@ class TestXLA(GroupedProducts):
         check_finite_differences(BY_NAME["uneven"], self.implementation, order=2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "offset"),
+    [("uint8", 250), ("int8", 100), ("int8", -3), ("int16", 299), ("uint32", 2**31), ("int64", 7)],
+)
+def test_offsets_of_any_dtype(dtype, offset):
+    """Beside 300 groups an int8 cannot hold the last offset that is allowed, 298."""
+    with jax.enable_x64(True):
+        out = pallas_kernels.gmm(
+            np.ones((300, 1), np.float32),
+            np.ones((2, 1, 1), np.float32),
+            np.ones(300, np.int32),
+            group_offset=np.dtype(dtype).type(offset),
+            implementation="xla",
+        )
+    first = min(max(offset, 0), 298)
+    np.testing.assert_array_equal(np.flatnonzero(out), [first, first + 1])
+
+
 @pytest.mark.parametrize("name", ["uneven", "empty_middle", "tail"])
 def test_ragged_dot(name):
     shape = BY_NAME[name]

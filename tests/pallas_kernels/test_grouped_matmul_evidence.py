@@ -2,6 +2,8 @@
 
 import sys
 
+import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,6 +35,21 @@ def test_lowers_for_cuda(shape):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_fused_swiglu_lowers_for_cuda(dtype):
     assert len(evidence.lower_for_cuda(*swiglu(256, 96, 80, 4, "gpu", dtype)).kernels) == 1
+
+
+@pytest.mark.parametrize("columns", [256, 160])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_default_fuses_the_swiglu_where_it_can(platform, columns):
+    """160 columns are no whole lanes of a TPU: the pre-activations [256, 320] are written."""
+    run, arguments = swiglu(256, 128, columns, 4, None, jnp.bfloat16)
+    if platform == "cuda":
+        text = evidence.lower_for_cuda(run, arguments).text
+    else:
+        kernels = [jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call")]
+        export = jax.export.export(jax.jit(run), platforms=["tpu"], disabled_checks=kernels)
+        text = export(*arguments).mlir_module()
+    assert ("256x320xbf16" in text) == (platform == "tpu" and columns == 160)
+    assert "256x512xbf16" not in text
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

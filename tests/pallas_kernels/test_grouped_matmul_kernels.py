@@ -15,11 +15,13 @@ from grouped_products import (
 )
 
 import pallas_kernels
+from pallas_kernels.grouped_matmul import tiling
 from pallas_kernels.grouped_matmul.shapes import make_arguments
 
 
 class TestTPU(GroupedProducts):
     implementation = "interpret"
+    half_precision = ("bfloat16",)
 
     @pytest.mark.parametrize(
         "tiling", [(8, 128, 128), (32, 16, 8), (16, 24, 40), (256, 128, 128), (384, 16, 40)]
@@ -65,6 +67,20 @@ def test_refused_dtypes(implementation, dtype):
         pallas_kernels.gmm(
             a.lhs.astype(dtype), a.rhs.astype(dtype), a.group_sizes, implementation=implementation
         )
+
+
+@pytest.mark.parametrize("tile_rows", [8192, 65536])
+def test_tiles_of_too_many_rows(tile_rows):
+    problem = tiling.Problem(65536, 4096, 4096, 8, tile_rows, itemsize=4, out_itemsize=4)
+    for choose, memory in (
+        (tiling.gmm_tiles, tiling._gmm_memory),
+        (tiling.tgmm_tiles, tiling._tgmm_memory),
+    ):
+        if tile_rows == 8192:
+            assert memory(problem, choose(problem)) <= tiling.VMEM_BUDGET
+        else:
+            with pytest.raises(NotImplementedError, match="tile_rows=65536"):
+                choose(problem)
 
 
 def test_swiglu_refuses_a_split_contraction():

@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.extend
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -12,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 from patch_operations import (
     BY_NAME,
     FiniteDifferences,
+    Isolated,
     PatchOperations,
     Values,
+    assert_all_close,
     operations_of,
     program,
     value_and_gradients,
@@ -27,8 +30,31 @@ class TestReference(Values, FiniteDifferences):
     implementation = "reference"
 
 
-class TestXLA(PatchOperations, FiniteDifferences):
+class TestXLA(PatchOperations, FiniteDifferences, Isolated):
     implementation = "xla"
+    half_precision = ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize("name", ["ignored", "segments", "window"])
+def test_second_order(name):
+    """Gradients of gradients of the default and the portable form beside the reference's."""
+    shape = BY_NAME[name]
+    arguments = make_arguments(shape)
+
+    def second(implementation):
+        found = []
+        for function, arrays in operations_of(shape, arguments, implementation):
+
+            def along(*arrays, function=function):
+                out, vjp = jax.vjp(function, *arrays)
+                return sum((g * jnp.sin(x)).sum() for g, x in zip(vjp(out), arrays, strict=True))
+
+            found.append(jax.jit(jax.grad(along, tuple(range(len(arrays)))))(*arrays))
+        return found
+
+    expected = second("reference")
+    for implementation in (None, "xla"):
+        assert_all_close(second(implementation), expected, 1e-5)
 
 
 def test_default_is_the_portable_form():

@@ -13,7 +13,7 @@ import pallas_kernels
 from pallas_kernels import evidence, gpu_evidence
 from pallas_kernels.patch_pool import gpu, tpu
 from pallas_kernels.patch_pool.rows import sorted_rows
-from pallas_kernels.patch_pool.shapes import SHAPES, TRAINING_SHAPES, make_arguments
+from pallas_kernels.patch_pool.shapes import SHAPES, TRAINING_SHAPES, Shape, make_arguments
 
 MODES = ("max", "mean", "sum", "min")
 ALL_SHAPES = SHAPES + TRAINING_SHAPES
@@ -132,6 +132,63 @@ def test_bytes_near_the_ideal(shape):
         ideal = evidence.ideal_bytes(function, *args)
         # Ids are copied as int32 codes in place of int32 rows and booleans.
         assert 0.99 * ideal <= moved <= 1.01 * ideal, name
+
+
+WIDE = "Q4_H32_K128"
+
+
+def pooled_and_attended(name):
+    """Values and gradients by the public operations, and their arguments as structs: windows and
+    segments, many short rows, or vectors too wide for the largest tiles."""
+    changes = {
+        "window": dict(window=3),
+        "segments": dict(window=2, segments=True),
+        "many_rows": dict(rows=1024, num_bytes=64, num_patches=16, num_heads=1, head_dim=128),
+        WIDE: dict(num_bytes=512, num_patches=128, num_vectors=4, num_heads=32, head_dim=128),
+    }[name]
+    small = dict(name=name, num_bytes=300, num_patches=80, num_heads=2, head_dim=64)
+    shape = Shape(**{**small, **changes})
+    b, t, p = shape.rows, shape.num_bytes, shape.num_patches
+    of_bytes, of_patches = (b, t, shape.num_heads, shape.head_dim), (b, p, shape.num_vectors)
+    of_patches += of_bytes[2:]
+    ids = [(b, t), *([(b, t), (b, p)] if shape.segments else [])]
+    ids = [jax.ShapeDtypeStruct(sizes, jnp.int32) for sizes in ids]
+
+    def run(of_bytes, of_patches, ids):
+        options = dict(window=shape.window)
+        options |= dict(zip(("segment_ids", "patch_segment_ids"), ids[1:], strict=False))
+        x = of_bytes.reshape(b, t, -1)
+        outs = [pallas_kernels.patch_pool(x, ids[0], p, mode) for mode in MODES]
+        attend, gather = pallas_kernels.patch_attention, pallas_kernels.patch_gather_attention
+        outs.append(attend(of_patches, of_bytes, of_bytes, ids[0], **options))
+        outs.append(gather(of_bytes, of_patches, of_patches, ids[0], **options))
+        return outs
+
+    def gradients(of_bytes, of_patches, ids):
+        outs, vjp = jax.vjp(lambda *floats: run(*floats, ids), of_bytes, of_patches)
+        return outs, vjp(outs)
+
+    floats = [jax.ShapeDtypeStruct(sizes, jnp.float32) for sizes in (of_bytes, of_patches)]
+    return gradients, [*floats, ids]
+
+
+@pytest.mark.parametrize("name", ["window", "segments", "many_rows", WIDE])
+def test_public_operations_compile_for_tpu(name):
+    evidence.compile_for_tpu(*pooled_and_attended(name))
+
+
+@pytest.mark.parametrize("name", ["window", "segments"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_public_operations_lower_for_cuda(name, dtype):
+    function, (*floats, ids) = pooled_and_attended(name)
+    floats = [jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)) for x in floats]
+    # A mode and an attention each have a kernel forward and one backward.
+    assert len(evidence.lower_for_cuda(function, [*floats, ids]).kernels) == 12
+
+
+def test_kernels_compile_for_tpu_with_64_bit_integers():
+    with jax.enable_x64(True):
+        evidence.compile_for_tpu(*pooled_and_attended("segments"))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -4,13 +4,14 @@ import functools
 import sys
 
 import pytest
-from patch_operations import Kernels
+from patch_operations import Isolated, Kernels
 
 from pallas_kernels.patch_pool import gpu, vjp
 
 
-class TestGPUInterpreted(Kernels):
+class TestGPUInterpreted(Kernels, Isolated):
     implementation = "gpu"
+    half_precision = ("bfloat16", "float16")
 
     @pytest.fixture(autouse=True)
     def interpreted(self, monkeypatch):

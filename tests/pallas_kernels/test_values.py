@@ -70,13 +70,46 @@ def test_what_does_not_run_fails_with_its_message():
 def test_exit_status(monkeypatch, capsys, ok):
     monkeypatch.setattr(sys, "argv", ["kernels", "values"])
     monkeypatch.setattr(values, "rows", lambda: [{"ok": True}, {"ok": ok}])
-    monkeypatch.setattr(reporting, "save", lambda *args: None)
+    monkeypatch.setattr(reporting, "save", lambda *args, **options: None)
     if ok:
         return __main__.main()
     with pytest.raises(SystemExit) as raised:
         __main__.main()
     assert raised.value.code == 1
     assert "1 results are wrong" in capsys.readouterr().err
+
+
+def test_rows_are_kept_as_they_come_and_chosen_by_text(monkeypatch, tmp_path):
+    monkeypatch.setattr(reporting, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kernels", "values", "--only", "sum odd"])
+    seen = []
+
+    def checked(case):
+        seen.append((case.operation, case.shape, len(list(tmp_path.glob("*.json")))))
+        return {"operation": case.operation, "ok": True}
+
+    monkeypatch.setattr(values, "checked", checked)
+    __main__.main()
+    assert seen == [("patch_pool sum", "odd", 0)]
+    monkeypatch.setattr(sys, "argv", ["kernels", "values", "--only", "patch_pool sum"])
+    seen.clear()
+    __main__.main()
+    assert [kept for *_, kept in seen[1:]] == [1] * (len(seen) - 1) and len(seen) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["values", "--only", "no such"], "no row of 'values' has this text"),
+        (["patch_pool", "--only", "max"], "not possible with 'patch_pool'"),
+        (["pool"], "name 'pool' is unknown"),
+    ],
+)
+def test_wrong_arguments(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["kernels", *arguments])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert message in capsys.readouterr().err
 
 
 if __name__ == "__main__":
