@@ -1,13 +1,11 @@
 """The implementations by name, and the one that fits the platform."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import ragged_dot, reference, xla
-from pallas_kernels.grouped_matmul.vjp import Form, gated
+from pallas_kernels.grouped_matmul.vjp import Form
 
 KERNEL_DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
 
@@ -41,26 +39,14 @@ def _by_platform(operation: str):
             if dtypes <= set(served)
             and (name == "tpu" or _gpu_serves(lhs, other, metadata, tiling))
         ]
-        forms = {name: _product_of(FORMS[name], operation, options) for name in ("xla", *names)}
+        forms = {name: _bound(getattr(FORMS[name], operation), options) for name in ("xla", *names)}
         return dispatch.by_platform(lhs, other, metadata, **forms)
 
     return call
 
 
-def _product_of(form: Form, operation: str, options):
-    """`operation` of a form with these options, a function of (lhs, other, metadata)."""
-
-    def product(*arrays) -> jax.Array:
-        return getattr(form, operation)(*arrays, *options)
-
-    def swiglu(lhs, rhs, metadata) -> jax.Array:
-        with contextlib.suppress(NotImplementedError):  # shapes that a kernel cannot fuse
-            if form.swiglu is not None:
-                return product(lhs, rhs, metadata)
-        out_dtype, tiling = options
-        return gated(form.gmm(lhs, rhs, metadata, False, lhs.dtype, tiling)).astype(out_dtype)
-
-    return swiglu if operation == "swiglu" else product
+def _bound(product, options):
+    return lambda lhs, other, metadata: product(lhs, other, metadata, *options)
 
 
 def _gpu_serves(lhs, other, metadata, tiling) -> bool:
@@ -80,4 +66,4 @@ FORMS = {
     "interpret": _kernels("tpu", interpret=True),
     "interpret_gpu": _kernels("gpu", interpret=True),
 }
-FORMS[None] = Form(*map(_by_platform, ("gmm", "tgmm", "swiglu")))
+FORMS[None] = Form(*map(_by_platform, ("gmm", "tgmm", "multiply_and_gate")))

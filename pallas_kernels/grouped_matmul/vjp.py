@@ -8,6 +8,7 @@ holds tokens, d lhs is the sum of the rows of each. The rules call the different
 derivatives of any order exist.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -31,6 +32,13 @@ class Form:
     gmm: Callable[..., jax.Array]
     tgmm: Callable[..., jax.Array]
     swiglu: Callable[..., jax.Array] | None = None
+
+    def multiply_and_gate(self, lhs, rhs, metadata, out_dtype, tiling) -> jax.Array:
+        """silu(lhs @ gate) * (lhs @ up) for rhs = [gate | up], fused where the form can."""
+        if self.swiglu is not None:
+            with contextlib.suppress(NotImplementedError):
+                return self.swiglu(lhs, rhs, metadata, out_dtype, tiling)
+        return _gated(self.gmm(lhs, rhs, metadata, False, lhs.dtype, tiling)).astype(out_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,22 +114,19 @@ tgmm.defvjp(_tgmm_forward, _tgmm_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def swiglu(lhs, rhs, metadata, options: Options) -> jax.Array:
     """silu(lhs @ gate) * (lhs @ up) for rhs = [gate | up] in its columns."""
-    if options.form.swiglu is not None:
-        return options.form.swiglu(lhs, rhs, metadata, options.out_dtype, options.tiling)
-    hidden = gmm(lhs, rhs, metadata, dataclasses.replace(options, out_dtype=lhs.dtype))
-    return gated(hidden).astype(options.out_dtype)
+    return options.form.multiply_and_gate(lhs, rhs, metadata, options.out_dtype, options.tiling)
 
 
 def _swiglu_forward(lhs, rhs, metadata, options):
     # The pre-activations are kept, so that the backward pass repeats no product.
     unfused = dataclasses.replace(options, out_dtype=lhs.dtype)
     hidden = checkpoint_name(gmm(lhs, rhs, metadata, unfused), "gmm")
-    return gated(hidden).astype(options.out_dtype), (lhs, rhs, metadata, hidden)
+    return _gated(hidden).astype(options.out_dtype), (lhs, rhs, metadata, hidden)
 
 
 def _swiglu_backward(options, residuals, g):
     lhs, rhs, metadata, hidden = residuals
-    _, vjp = jax.vjp(gated, hidden)
+    _, vjp = jax.vjp(_gated, hidden)
     (d_hidden,) = vjp(g.astype(hidden.dtype))
     unfused = dataclasses.replace(options, out_dtype=lhs.dtype)
     return _gmm_backward(unfused, (lhs, rhs, metadata), d_hidden)
@@ -130,7 +135,7 @@ def _swiglu_backward(options, residuals, g):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def gated(hidden: jax.Array) -> jax.Array:
+def _gated(hidden: jax.Array) -> jax.Array:
     """silu(gate) * up of [gate | up]."""
     gate, up = jnp.split(hidden.astype(accumulator(hidden.dtype)), 2, axis=1)
     return (jax.nn.silu(gate) * up).astype(hidden.dtype)

@@ -15,6 +15,7 @@ from grouped_products import (
 )
 
 import pallas_kernels
+from pallas_kernels import evidence
 from pallas_kernels.grouped_matmul import tiling
 from pallas_kernels.grouped_matmul.shapes import make_arguments
 
@@ -83,13 +84,20 @@ def test_tiles_of_too_many_rows(tile_rows):
                 choose(problem)
 
 
-def test_swiglu_refuses_a_split_contraction():
-    lhs, rhs = np.ones((16, 256), np.float32), np.ones((2, 256, 512), np.float32)
+def test_swiglu_of_a_split_contraction_is_not_fused():
+    rng = np.random.default_rng(0)
+    lhs, rhs = (rng.normal(size=s).astype(np.float32) for s in ((16, 256), (2, 256, 512)))
     sizes = np.array([8, 8], np.int32)
-    with pytest.raises(NotImplementedError, match="takes the whole width 256"):
-        pallas_kernels.gmm(
-            lhs, rhs, sizes, activation="swiglu", tiling=(16, 128, 128), implementation="interpret"
+
+    def product(implementation, **options):
+        return lambda lhs, rhs: pallas_kernels.gmm(
+            lhs, rhs, sizes, activation="swiglu", implementation=implementation, **options
         )
+
+    split = product("interpret", tiling=(16, 128, 128))
+    (call,) = evidence.kernel_traffic(split, lhs, rhs)
+    assert call.results == (16 * 512 * 4,)  # the pre-activations
+    assert_all_close(split(lhs, rhs), product("reference")(lhs, rhs), 1e-5)
 
 
 if __name__ == "__main__":
