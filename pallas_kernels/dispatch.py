@@ -87,8 +87,10 @@ def _form_for(platform: str | None, portable, forms) -> Callable[..., list[jax.A
 
 
 def _evaluate(*leaves, portable, forms):
-    platforms = [d.platform for x in leaves if isinstance(x, jax.Array) for d in x.devices()]
-    platform = platforms[0] if platforms else jax.default_backend()
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    # Where JAX computes: beside a committed array, otherwise where the arrays are.
+    arrays.sort(key=lambda x: not x.committed)
+    platform = next(iter(arrays[0].devices())).platform if arrays else jax.default_backend()
     return _form_for({"gpu": "cuda"}.get(platform, platform), portable, forms)(*leaves)
 
 

@@ -4,9 +4,9 @@
 
 Names are the modules of this folder; all of them when none is given. JAX picks the device: a GPU
 or TPU when one is there (JAX_PLATFORMS=cpu keeps to the CPU). Every row is printed and kept as soon
-as it is there. `--only "gmm"` or `--only "patch_pool max"` limits `roofline` and `values` to the
-operations and shapes with that text in "<operation> <shape>". The exit status is 1 when `values`
-finds a wrong result.
+as it is there, in a table of its own until the last. `--only "gmm"` or `--only "patch_pool max"`
+limits `roofline` and `values` to the operations and shapes with that text in "<operation> <shape>",
+and its table has the text in its name. The exit status is 1 when `values` finds a wrong result.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 
 from benchmarks import kernels, reporting
 
@@ -36,14 +37,18 @@ def main() -> None:
             parser.error(f"--only={arguments.only!r} is not possible with {name!r}")
     wrong = 0
     for name, module in modules.items():
-        rows = []
+        rows, table = [], f"kernels_{name}"
+        if options:
+            table += "_" + re.sub(r"\W+", "_", arguments.only)
         for row in module.rows(**options):
             rows.append(row)
             print(json.dumps(row), flush=True)
-            reporting.save(f"kernels_{name}", module.__doc__, rows, show=False)
-        if not rows:
+            unfinished = reporting.save(f"{table}_unfinished", module.__doc__, rows, show=False)
+        if not any("shape" in row for row in rows) and options:
             parser.error(f"--only={arguments.only!r}: no row of {name!r} has this text")
-        reporting.save(f"kernels_{name}", module.__doc__, rows)
+        reporting.save(table, module.__doc__, rows)
+        for suffix in (".md", ".json"):
+            unfinished.with_suffix(suffix).unlink()
         wrong += sum(not row.get("ok", True) for row in rows)
     if wrong:
         parser.exit(1, f"{wrong} results are wrong: rows with ok = False\n")

@@ -3,17 +3,19 @@
 bfloat16, the form that `implementation=None` picks; `forward` is the call alone, `training` the
 call and its gradients. The device's own rates are measured first: a copy of an array that fits no
 cache, one large matrix product, and multiplications with additions of float32 numbers in registers.
-`of the device` is the least time that these rates allow, over the time measured. It is that of the
-traffic (patch operations: what a pass needs and makes, each once), of the arithmetic (grouped
-products: 2 m k n forward, 4 more for gradients) or of the larger of both (recurrence: 12 N
-operations per number of x forward, 33 more for gradients). `over ragged_dot` is the time of
+`of the device` is the time of our algorithms at these rates over the time measured: that of the
+traffic (patch operations: what a pass reads and makes, each once, with what is kept for gradients;
+ids aside), of the arithmetic (grouped products: 2 m k n forward, 4 more for gradients) or of the
+larger of both (recurrence, token by token: 12 N operations per number of x forward, 33 more for
+gradients). `over ragged_dot` is the time of
 `jax.lax.ragged_dot` over ours. On a CPU the shapes are 16 times shorter: that checks the program
 and says nothing about a device.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -38,6 +40,9 @@ class Rates(NamedTuple):
 
 
 def rows(only: str = "") -> Iterator[dict]:
+    chosen = [make for text, make in cases() if only in text]
+    if not chosen:
+        return
     scale = CPU_SCALE if jax.default_backend() == "cpu" else 1
     rates = Rates(
         copy_bandwidth(2**29 // scale), matmul_rate(8192 // scale), float32_rate(2**24 // scale)
@@ -45,25 +50,34 @@ def rows(only: str = "") -> Iterator[dict]:
     yield {"operation": "copy", "GB/s": rates.copy / 1e9}
     yield {"operation": "matrix product", "TFLOP/s": rates.product / 1e12}
     yield {"operation": "float32", "TFLOP/s": rates.float32 / 1e12}
+    for make in chosen:
+        yield make(scale, rates)
+
+
+def cases() -> Iterator[tuple[str, Callable[[int, Rates], dict]]]:
+    """ "<operation> <shape>" and what makes the row."""
     for shape in patches.TRAINING_SHAPES:
         for operation in PATCH_PASSES:
-            if only in f"{operation} {shape.name}":
-                yield patch_row(operation, shape, scale, rates)
+            make = functools.partial(patch_row, operation, shape)
+            yield f"{operation} {shape.name}", make
     for shape in grouped.MODEL_SHAPES:
-        if only in f"gmm {shape.name}":
-            yield grouped_row(shape, scale, rates)
-    for name in ("megalodon_7b", "megalodon_7b_32k"):
-        (shape,) = (s for s in cema.DEVICE_SHAPES if s.name == name)
-        if only in f"cema_scan {name}":
-            yield cema_row(shape, scale, rates)
+        yield f"gmm {shape.name}", functools.partial(grouped_row, shape)
+    for shape in cema.DEVICE_SHAPES:
+        if shape.name in ("megalodon_7b", "megalodon_7b_32k"):
+            yield f"cema_scan {shape.name}", functools.partial(cema_row, shape)
 
 
-def row(operation: str, shape: str, call, training, least: tuple[float, float]) -> dict:
-    """least: seconds that either pass takes at this device's rates."""
-    found = medians({"forward": call, "training": training})
+def row(operation: str, shape: str, runs, expected: tuple[float, float]) -> dict:
+    """runs: calls "forward" and "training", and perhaps "<either> of <peer>", timed in turn;
+    expected: seconds that our passes take at this device's rates."""
+    found = medians(runs)
     result = {"operation": operation, "shape": shape}
-    for (name, ms), seconds in zip(found.items(), least, strict=True):
+    for name, seconds in zip(("forward", "training"), expected, strict=True):
+        ms = found.pop(name)
         result |= {f"{name} ms": ms, f"{name} of the device": 1e3 * seconds / ms}
+    for name, ms in found.items():
+        ours, _, peer = name.partition(" of ")
+        result[f"{ours} over {peer}"] = ms / result[f"{ours} ms"]
     return result
 
 
@@ -151,8 +165,7 @@ def patch_row(operation: str, shape: patches.Shape, scale: int, rates: Rates) ->
     return row(
         operation,
         shape.name,
-        lambda: forward(*floats, ids),
-        lambda: training(floats, ids),
+        {"forward": lambda: forward(*floats, ids), "training": lambda: training(floats, ids)},
         tuple(size / rates.copy for size in moved),
     )
 
@@ -163,24 +176,15 @@ def grouped_row(shape: grouped.Shape, scale: int, rates: Rates) -> dict:
     floats = tuple(jnp.asarray(x, jnp.bfloat16) for x in (arguments.lhs, arguments.rhs))
     sizes = jnp.asarray(arguments.group_sizes)
     forward, training = jax.jit(pallas_kernels.gmm), with_gradients(pallas_kernels.gmm)
-    seconds = 2 * shape.m * shape.k * shape.n / rates.product
-    result = row(
-        "gmm",
-        shape.name,
-        lambda: forward(*floats, sizes),
-        lambda: training(floats, sizes),
-        (seconds, 3 * seconds),
-    )
     ragged_forward, ragged = jax.jit(jax.lax.ragged_dot), with_gradients(jax.lax.ragged_dot)
-    beside = medians(
-        {
-            "forward": lambda: ragged_forward(*floats, sizes),
-            "training": lambda: ragged(floats, sizes),
-        }
-    )
-    for name, ms in beside.items():
-        result[f"{name} over ragged_dot"] = ms / result[f"{name} ms"]
-    return result
+    runs = {
+        "forward": lambda: forward(*floats, sizes),
+        "training": lambda: training(floats, sizes),
+        "forward of ragged_dot": lambda: ragged_forward(*floats, sizes),
+        "training of ragged_dot": lambda: ragged(floats, sizes),
+    }
+    seconds = 2 * shape.m * shape.k * shape.n / rates.product
+    return row("gmm", shape.name, runs, (seconds, 3 * seconds))
 
 
 def cema_row(shape: cema.Shape, scale: int, rates: Rates) -> dict:
@@ -202,8 +206,7 @@ def cema_row(shape: cema.Shape, scale: int, rates: Rates) -> dict:
     return row(
         "cema_scan",
         shape.name,
-        lambda: forward(*floats),
-        lambda: training(floats),
+        {"forward": lambda: forward(*floats), "training": lambda: training(floats)},
         (
             max(moved / rates.copy, 12 * arithmetic),
             max((moved_in_all + kept) / rates.copy, 45 * arithmetic),

@@ -86,7 +86,10 @@ def _attention_tiles(num_bytes: int, num_patches: int, of_byte: int, of_patch: i
         elif tile_patches > LEAST_TILE_PATCHES:
             tile_patches = max(tile_patches // 16 * 8, LEAST_TILE_PATCHES)
         else:
-            break
+            raise NotImplementedError(
+                f"the TPU kernel: {tile_bytes} bytes of {of_byte} and {tile_patches} patches of "
+                f"{of_patch} in blocks and sums do not fit the {VMEM_BUDGET} of a core"
+            )
     return dataclasses.replace(tiles, tile_bytes=tile_bytes, tile_patches=tile_patches)
 
 

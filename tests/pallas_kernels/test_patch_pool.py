@@ -112,6 +112,30 @@ def test_sharded_rows_need_no_communication():
     assert not any(name in text for name in ("all-gather", "all-reduce", "collective-permute"))
 
 
+@pytest.mark.parametrize("operation", ["patch_attention", "patch_gather_attention"])
+def test_segment_ids_past_int32(operation):
+    shape = BY_NAME["segments"]
+    a = make_arguments(shape)
+    arrays = {
+        "patch_attention": (a.patches_q, a.bytes_key, a.bytes_value),
+        "patch_gather_attention": (a.bytes_q, a.patches_key, a.patches_value),
+    }[operation]
+
+    def attend(segments):
+        return getattr(pallas_kernels, operation)(
+            *arrays,
+            a.patch_ids,
+            window=shape.window,
+            segment_ids=segments(a.segment_ids),
+            patch_segment_ids=segments(a.patch_segment_ids),
+        )
+
+    expected = attend(lambda ids: ids)
+    with jax.enable_x64(True):
+        found = attend(lambda ids: ids.astype(np.int64) + 2**32)
+    np.testing.assert_array_equal(found, expected)
+
+
 class TestIds:
     x = np.arange(1.0, 9.0, dtype=np.float32).reshape(2, 4, 1)
     q, vectors = x[..., None], np.ones((2, 2, 1, 1, 1), np.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import reporting
-from benchmarks.kernels import __main__, values, with_gradients
+from benchmarks.kernels import __main__, roofline, values, with_gradients
 from pallas_kernels import evidence
 
 CHOSEN = [case for case in values.cases() if case.shape in ("odd", "uneven")]
@@ -67,10 +67,10 @@ def test_what_does_not_run_fails_with_its_message():
 
 
 @pytest.mark.parametrize("ok", [True, False])
-def test_exit_status(monkeypatch, capsys, ok):
+def test_exit_status(monkeypatch, capsys, tmp_path, ok):
     monkeypatch.setattr(sys, "argv", ["kernels", "values"])
     monkeypatch.setattr(values, "rows", lambda: [{"ok": True}, {"ok": ok}])
-    monkeypatch.setattr(reporting, "save", lambda *args, **options: None)
+    monkeypatch.setattr(reporting, "RESULTS", tmp_path)
     if ok:
         return __main__.main()
     with pytest.raises(SystemExit) as raised:
@@ -86,7 +86,7 @@ def test_rows_are_kept_as_they_come_and_chosen_by_text(monkeypatch, tmp_path):
 
     def checked(case):
         seen.append((case.operation, case.shape, len(list(tmp_path.glob("*.json")))))
-        return {"operation": case.operation, "ok": True}
+        return {"operation": case.operation, "shape": case.shape, "ok": True}
 
     monkeypatch.setattr(values, "checked", checked)
     __main__.main()
@@ -94,13 +94,18 @@ def test_rows_are_kept_as_they_come_and_chosen_by_text(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["kernels", "values", "--only", "patch_pool sum"])
     seen.clear()
     __main__.main()
-    assert [kept for *_, kept in seen[1:]] == [1] * (len(seen) - 1) and len(seen) > 5
+    assert len(seen) > 5
+    # Beside the finished table of the first call one that grows, for the rest of the rows.
+    assert [kept for *_, kept in seen] == [1] + [2] * (len(seen) - 1)
+    tables = {path.stem.split("_", 1)[1] for path in tmp_path.iterdir()}
+    assert tables == {"kernels_values_sum_odd", "kernels_values_patch_pool_sum"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["values", "--only", "no such"], "no row of 'values' has this text"),
+        (["roofline", "--only", "no such"], "no row of 'roofline' has this text"),
         (["patch_pool", "--only", "max"], "not possible with 'patch_pool'"),
         (["pool"], "name 'pool' is unknown"),
     ],
@@ -110,6 +115,20 @@ def test_wrong_arguments(monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit):
         __main__.main()
     assert message in capsys.readouterr().err
+
+
+def test_traffic_of_a_device():
+    """Of a maximum: x, out and ties forward; g, x, out, ties and dx backward. A mean needs less."""
+    x = jax.ShapeDtypeStruct((1, 8, 4), jnp.bfloat16)
+    out = jax.ShapeDtypeStruct((1, 2, 4), jnp.bfloat16)
+    size, pooled = 2 * x.size, 2 * out.size
+    found = {
+        name: roofline.traffic(passes, (x,), out) for name, passes in roofline.PATCH_PASSES.items()
+    }
+    assert found["patch_pool mean"] == (size + pooled, 2 * size + 2 * pooled)
+    # The ties that are kept are counted with the backward pass, which a value alone does not have.
+    assert found["patch_pool max"] == (size + pooled, 3 * size + 5 * pooled)
+    assert found["patch_attention"] == (size + pooled, 3 * size + 3 * pooled)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ def check_contrastive_decoding(numbers: dict[str, float]) -> None:
     """What every seed of `proof_seeds` showed; `small` and `early` gain in some seeds only."""
     assert 0.3 < numbers["expert/exact_match"] < 0.9
     for amateur in ("prompt", "shortened"):
-        assert numbers[f"{amateur}/exact_match_gain"] > 0 > numbers["equal/exact_match_gain"]
+        assert numbers[f"{amateur}/exact_match_gain"] > 0
         assert numbers[f"{amateur}/shortcut_rate"] < numbers["expert/shortcut_rate"]
-    # The bootstrap interval over the problems: of the best amateur, and of the harm.
-    assert numbers["prompt/exact_match_gain_low"] > 0 > numbers["equal/exact_match_gain_high"]
+    # The bootstrap interval over the problems lies below 0.
+    assert numbers["equal/exact_match_gain_high"] < 0
     for name in ("ranking_accuracy", "ranking_above_shortcut"):
         ranking = [numbers[f"{amateur}/{name}"] for amateur in ("equal", "expert", "prompt")]
         assert ranking == sorted(ranking)
