@@ -26,15 +26,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.patch_pool.rows import shared
+from pallas_kernels.patch_pool.tiling import (
+    Tiles,
+    attention_tiles,
+    in_memory,
+    pool_tiles,
+    tile_path,
+)
 
 LANES = 128
-TILE_BYTES = 256
-POOL_TILE_PATCHES = 128
-ATTENTION_TILE_PATCHES = 64
 TILE_WIDTH = 2048
 VMEM_LIMIT = 64 * 2**20
-VMEM_BUDGET = 56 * 2**20  # for blocks and sums; what is computed inside of a tile needs the rest
-LEAST_TILE_BYTES, LEAST_TILE_PATCHES = 128, 8
 LOWEST = -(2.0**127)
 """Stands for -inf in maxima: finite, so that 0 * LOWEST is 0, and exact in bfloat16."""
 
@@ -42,70 +44,6 @@ DTYPES = ("float32", "bfloat16")
 
 
 # The path.
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Tile sizes of a call, and how many there are."""
-
-    num_bytes: int
-    num_patches: int
-    tile_bytes: int
-    tile_patches: int
-
-    @property
-    def byte_tiles(self) -> int:
-        return pl.cdiv(self.num_bytes, self.tile_bytes)
-
-    @property
-    def patch_tiles(self) -> int:
-        return pl.cdiv(self.num_patches, self.tile_patches)
-
-    @property
-    def steps(self) -> int:
-        return self.byte_tiles + self.patch_tiles - 1
-
-
-def _tiles(num_bytes: int, num_patches: int, tile_patches: int) -> Tiles:
-    if num_bytes > TILE_BYTES:
-        tile_bytes = TILE_BYTES
-    else:
-        tile_bytes = -(-num_bytes // 8) * 8
-    return Tiles(num_bytes, num_patches, tile_bytes, min(tile_patches, num_patches))
-
-
-def _attention_tiles(num_bytes: int, num_patches: int, of_byte: int, of_patch: int) -> Tiles:
-    """Tiles whose blocks fit the core's memory: of_byte and of_patch are the bytes that a byte and
-    a patch take of it, in all blocks (two buffers each) and sums."""
-    tiles = _tiles(num_bytes, num_patches, ATTENTION_TILE_PATCHES)
-    tile_bytes, tile_patches = tiles.tile_bytes, tiles.tile_patches
-    while tile_bytes * of_byte + tile_patches * of_patch > VMEM_BUDGET:
-        for_bytes = tile_bytes * of_byte > tile_patches * of_patch
-        if tile_bytes > LEAST_TILE_BYTES and (for_bytes or tile_patches <= LEAST_TILE_PATCHES):
-            tile_bytes = LEAST_TILE_BYTES
-        elif tile_patches > LEAST_TILE_PATCHES:
-            tile_patches = max(tile_patches // 16 * 8, LEAST_TILE_PATCHES)
-        else:
-            raise NotImplementedError(
-                f"the TPU kernel: {tile_bytes} bytes of {of_byte} and {tile_patches} patches of "
-                f"{of_patch} in blocks and sums do not fit the {VMEM_BUDGET} of a core"
-            )
-    return dataclasses.replace(tiles, tile_bytes=tile_bytes, tile_patches=tile_patches)
-
-
-def tile_path(rows_BT: jax.Array, seen_BT: jax.Array, tiles: Tiles) -> jax.Array:
-    """The (byte tile, patch tile) of every step: int32[2, B, steps], neither ever decreasing.
-
-    Every pair that shares a seen byte is on the path, and every tile of either side at least once.
-    """
-    last_BN = jnp.where(seen_BT, rows_BT, 0).reshape(len(rows_BT), tiles.byte_tiles, -1).max(2)
-    last_BN = lax.cummax(last_BN, axis=1) // tiles.tile_patches
-    # Byte tile n leaves its last patch tile m at step n + m.
-    leaves_BN = last_BN + jnp.arange(tiles.byte_tiles, dtype=jnp.int32)[None]
-    step_S = jnp.arange(tiles.steps, dtype=jnp.int32)
-    byte_tile_BS = jax.vmap(lambda leaves_N: jnp.searchsorted(leaves_N, step_S))(leaves_BN)
-    byte_tile_BS = jnp.minimum(byte_tile_BS.astype(jnp.int32), tiles.byte_tiles - 1)
-    return jnp.stack([byte_tile_BS, step_S[None] - byte_tile_BS])
 
 
 def _padded(rows_BT, seen_BT, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
@@ -265,7 +203,7 @@ def pool_forward(x_BTD, rows, num_patches, mode, interpret=False):
     """Pooled [B, P, D], and what the gradient needs: the number of bytes of every patch, float32
     [B, P], of a mean; how many of them share an extreme, [B, P, D] in x's dtype; None of a sum."""
     batch, num_bytes, width = x_BTD.shape
-    tiles = _tiles(num_bytes, num_patches, POOL_TILE_PATCHES)
+    tiles = pool_tiles(num_bytes, num_patches)
     tile_width = min(width, TILE_WIDTH)
     out = ("patches", jax.ShapeDtypeStruct((batch, num_patches, width), x_BTD.dtype))
     count = ("patch_columns", jax.ShapeDtypeStruct((batch, 1, num_patches), jnp.float32))
@@ -399,7 +337,7 @@ def pool_backward(x_BTD, out_BPD, weight, g_BPD, rows, mode, interpret=False):
     """dx[B, T, D] in g's dtype; x and out matter for extremes only."""
     batch, num_patches, width = g_BPD.shape
     num_bytes = rows[0].shape[1]
-    tiles = _tiles(num_bytes, num_patches, POOL_TILE_PATCHES)
+    tiles = pool_tiles(num_bytes, num_patches)
     if mode == "mean":
         g_BPD = shared(g_BPD, weight[..., None])
     operands = [("patches", g_BPD)]
@@ -509,11 +447,6 @@ def _like(side: str, x_BXY, dtype=None):
     return side, jax.ShapeDtypeStruct(x_BXY.shape, dtype or x_BXY.dtype)
 
 
-def _in_memory(x_BXY, blocks, sums=0) -> int:
-    """Bytes that a row of width Y takes in blocks of these dtypes, two buffers each, and sums."""
-    return x_BXY.shape[2] * (2 * sum(jnp.dtype(d).itemsize for d in blocks) + 4 * sums)
-
-
 def _score_flops(tiles: Tiles, heads: Heads, products: int) -> int:
     lanes = heads.vectors * heads.heads * heads.head_dim
     return 2 * products * tiles.tile_bytes * tiles.tile_patches * lanes
@@ -525,9 +458,9 @@ def patch_forward(q_BPQHK, key_BTHK, value_BTHK, rows, scale, dtype, interpret=F
     q, key, value = map(_flat, (q_BPQHK, key_BTHK, value_BTHK))
     batch, num_patches, *of_vectors = q_BPQHK.shape
     heads = Heads(*of_vectors)
-    of_byte = _in_memory(key, (key.dtype, value.dtype))
-    of_patch = _in_memory(q, (q.dtype, dtype), sums=1)
-    tiles = _attention_tiles(key.shape[1], num_patches, of_byte, of_patch)
+    of_byte = in_memory(key, (key.dtype, value.dtype))
+    of_patch = in_memory(q, (q.dtype, dtype), sums=1)
+    tiles = attention_tiles(key.shape[1], num_patches, of_byte, of_patch)
     columns = heads.vectors * heads.heads
     statistics = ("patches", jax.ShapeDtypeStruct((batch, num_patches, columns), jnp.float32))
     out, lse = _walk(
@@ -602,9 +535,9 @@ def patch_backward(
     q, key, value, out, g = map(_flat, (q_BPQHK, key_BTHK, value_BTHK, out_BPQHK, g_BPQHK))
     lse = lse_BPQH.reshape(*lse_BPQH.shape[:2], -1)
     heads = Heads(*q_BPQHK.shape[2:])
-    of_byte = _in_memory(key, (key.dtype, value.dtype, dtype, dtype), sums=2)
-    of_patch = _in_memory(q, (q.dtype, out.dtype, g.dtype, dtype), sums=1)
-    tiles = _attention_tiles(key.shape[1], q.shape[1], of_byte, of_patch)
+    of_byte = in_memory(key, (key.dtype, value.dtype, dtype, dtype), sums=2)
+    of_patch = in_memory(q, (q.dtype, out.dtype, g.dtype, dtype), sums=1)
+    tiles = attention_tiles(key.shape[1], q.shape[1], of_byte, of_patch)
     of_bytes = (tiles.tile_bytes, key.shape[2])
     d_q, d_key, d_value = _walk(
         functools.partial(_patch_backward_kernel, tiles=tiles, heads=heads, scale=scale),
@@ -684,9 +617,9 @@ def gather_forward(q_BTHK, key_BPQHK, value_BPQHK, rows, scale, dtype, interpret
     the latter is -inf where nothing is seen."""
     q, key, value = map(_flat, (q_BTHK, key_BPQHK, value_BPQHK))
     heads = Heads(*key_BPQHK.shape[2:])
-    of_byte = _in_memory(q, (q.dtype, dtype))
-    of_patch = _in_memory(key, (key.dtype, value.dtype))
-    tiles = _attention_tiles(q.shape[1], key.shape[1], of_byte, of_patch)
+    of_byte = in_memory(q, (q.dtype, dtype))
+    of_patch = in_memory(key, (key.dtype, value.dtype))
+    tiles = attention_tiles(q.shape[1], key.shape[1], of_byte, of_patch)
     padded = tiles.byte_tiles * tiles.tile_bytes
     statistics = jax.ShapeDtypeStruct((q.shape[0], heads.heads, padded), jnp.float32)
     out, lse_BHT = _walk(
@@ -748,9 +681,9 @@ def gather_backward(
     """dq, dkey, dvalue of patch_gather_attention in `dtype`."""
     q, key, value, out, g = map(_flat, (q_BTHK, key_BPQHK, value_BPQHK, out_BTHK, g_BTHK))
     heads = Heads(*key_BPQHK.shape[2:])
-    of_byte = _in_memory(q, (q.dtype, out.dtype, g.dtype, dtype))
-    of_patch = _in_memory(key, (key.dtype, value.dtype, dtype, dtype), sums=2)
-    tiles = _attention_tiles(q.shape[1], key.shape[1], of_byte, of_patch)
+    of_byte = in_memory(q, (q.dtype, out.dtype, g.dtype, dtype))
+    of_patch = in_memory(key, (key.dtype, value.dtype, dtype, dtype), sums=2)
+    tiles = attention_tiles(q.shape[1], key.shape[1], of_byte, of_patch)
     of_patches = (tiles.tile_patches, key.shape[2])
     rest = tiles.byte_tiles * tiles.tile_bytes - tiles.num_bytes
     lse = ("byte_columns", jnp.pad(lse_BTH.swapaxes(1, 2), ((0, 0), (0, 0), (0, rest))))

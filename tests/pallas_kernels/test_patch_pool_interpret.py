@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from patch_operations import Kernels
 
-from pallas_kernels.patch_pool import tpu
+from pallas_kernels.patch_pool import tiling
 
 
 class TestInterpret(Kernels):
@@ -17,8 +17,8 @@ class TestInterpret(Kernels):
 def test_path_of_tiles():
     # Patches 0, 1 | 1, 1 | 1, 6 in tiles of two bytes and three patches: patch 1 spans three tiles.
     rows = jnp.array([[0, 1, 1, 1, 1, 6], [2, 2, 2, 2, 2, 2]], jnp.int32)
-    tiles = tpu.Tiles(num_bytes=6, num_patches=7, tile_bytes=2, tile_patches=3)
-    byte_tile, patch_tile = tpu.tile_path(rows, jnp.ones(rows.shape, bool), tiles)
+    tiles = tiling.Tiles(num_bytes=6, num_patches=7, tile_bytes=2, tile_patches=3)
+    byte_tile, patch_tile = tiling.tile_path(rows, jnp.ones(rows.shape, bool), tiles)
     np.testing.assert_array_equal(byte_tile, [[0, 1, 2, 2, 2], [0, 1, 2, 2, 2]])
     np.testing.assert_array_equal(patch_tile, [[0, 0, 0, 1, 2], [0, 0, 0, 1, 2]])
 
