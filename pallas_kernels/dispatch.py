@@ -89,8 +89,8 @@ def _form_for(platform: str | None, portable, forms) -> Callable[..., list[jax.A
 def _evaluate(*leaves, portable, forms):
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
     # Where JAX computes: beside a committed array, otherwise where the arrays are.
-    arrays.sort(key=lambda x: not x.committed)
-    platform = next(iter(arrays[0].devices())).platform if arrays else jax.default_backend()
+    first = min(arrays, key=lambda x: not x.committed, default=None)
+    platform = jax.default_backend() if first is None else next(iter(first.devices())).platform
     return _form_for({"gpu": "cuda"}.get(platform, platform), portable, forms)(*leaves)
 
 

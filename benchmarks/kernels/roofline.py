@@ -7,9 +7,8 @@ cache, one large matrix product, and multiplications with additions of float32 n
 traffic (patch operations: what a pass reads and makes, each once, with what is kept for gradients;
 ids aside), of the arithmetic (grouped products: 2 m k n forward, 4 more for gradients) or of the
 larger of both (recurrence, token by token: 12 N operations per number of x forward, 33 more for
-gradients). `over ragged_dot` is the time of
-`jax.lax.ragged_dot` over ours. On a CPU the shapes are 16 times shorter: that checks the program
-and says nothing about a device.
+gradients). `over ragged_dot` is the time of `jax.lax.ragged_dot` over ours. On a CPU the shapes are
+16 times shorter: that checks the program and says nothing about a device.
 """
 
 import dataclasses
@@ -55,7 +54,7 @@ def rows(only: str = "") -> Iterator[dict]:
 
 
 def cases() -> Iterator[tuple[str, Callable[[int, Rates], dict]]]:
-    """ "<operation> <shape>" and what makes the row."""
+    """The texts "<operation> <shape>", and what makes the row of each."""
     for shape in patches.TRAINING_SHAPES:
         for operation in PATCH_PASSES:
             make = functools.partial(patch_row, operation, shape)

@@ -100,8 +100,9 @@ def _difference(found, expected) -> float:
     found, expected = (np.asarray(x).reshape(-1) for x in (found, expected))
     apart, largest = [], [1.0]
     for start in range(0, len(found), PART):
-        parts = (x[start : start + PART].astype(np.float64) for x in (found, expected))
-        part, expected_part = parts
+        part, expected_part = (
+            x[start : start + PART].astype(np.float64) for x in (found, expected)
+        )
         apart.append(np.abs(part - expected_part).max())
         largest.append(np.abs(expected_part).max())
     return np.max(apart) / np.max(largest)

@@ -2,10 +2,10 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
-
-from blt_jax.train.launch import load_experiment_file, run_experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -32,8 +32,18 @@ def check_llama3(numbers: dict[str, float]) -> None:
 
 
 def check_contrastive_decoding(numbers: dict[str, float]) -> None:
-    """What every seed of `proof_seeds` showed; `small` and `early` gain in some seeds only."""
-    assert 0.3 < numbers["expert/exact_match"] < 0.9
+    """Of the run `proof`, whose seed is 0: the gains of `small` and `early` are not there with
+    other seeds (`test_contrastive_decoding_gains_or_harms_in_every_seed` has what holds for all).
+    """
+    assert 0.3 < numbers["expert/exact_match"] < 0.8
+    # The bootstrap interval over the problems of one seed lies above zero.
+    for amateur in ("small", "early"):
+        assert numbers[f"{amateur}/exact_match_gain_low"] > 0
+        assert numbers[f"{amateur}/shortcut_rate"] < numbers["expert/shortcut_rate"]
+        for name in ("ranking_accuracy", "ranking_above_shortcut"):
+            assert numbers[f"{amateur}/{name}"] > numbers[f"expert/{name}"]
+    # As strong an amateur as the expert helps less than a weak one.
+    assert numbers["equal/exact_match_gain"] < numbers["early/exact_match_gain"]
     for amateur in ("prompt", "shortened"):
         assert numbers[f"{amateur}/exact_match_gain"] > 0
         assert numbers[f"{amateur}/shortcut_rate"] < numbers["expert/shortcut_rate"]
@@ -156,7 +166,7 @@ def test_stream_eval_answers_inside_the_cache_and_not_beyond():
     assert max(value for name, value in numbers.items() if "accuracy_dense" in name) < 0.03
 
 
-def test_contrastive_decoding_proof_shows_in_one_seed_what_holds_in_all():
+def test_contrastive_decoding_proof_gains_from_weak_amateurs_in_its_one_seed():
     file = RESULTS / "contrastive_decoding_proof.json"
     check_contrastive_decoding(json.loads(file.read_text())["numbers"])
 
@@ -242,5 +252,13 @@ def test_kept_results_name_commit_device_and_versions():
     ],
 )
 def test_proof_again(system, run, check, tmp_path):
-    config = load_experiment_file(ROOT / "experiments" / f"{system}.py").get_config(run)
-    check(run_experiment(config, tmp_path))
+    check(run_as_a_user(system, run, tmp_path / "run"))
+
+
+def run_as_a_user(system, run, workdir) -> dict[str, float]:
+    """The numbers of a run in a process of its own: the eight devices of this one share each batch,
+    whose sums in another order train other models."""
+    config = f"--config=experiments/{system}.py:{run}"
+    command = [sys.executable, "-m", "blt_jax.run", config, f"--workdir={workdir}"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((workdir / "results.json").read_text())["numbers"]
